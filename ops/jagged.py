@@ -1,0 +1,111 @@
+"""The variable-length type of the project and the public operations on it.
+
+Every function here takes the pure-torch path of `ops.reference`; a faster kernel for a device is chosen
+here and nowhere else, so that callers never know.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ops import reference
+
+
+@dataclass(frozen=True)
+class JaggedTensor:
+    """B rows of different lengths, stored back to back.
+
+    values: [T, ...], the rows one after another.
+    offsets: [B+1] int64; row b is `values[offsets[b]:offsets[b+1]]`, `offsets[0] == 0`, `offsets[B] == T`.
+    max_length: a host integer that no row exceeds. It is a bound known without asking the device.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    max_length: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64."""
+        return self.offsets.diff()
+
+    @property
+    def batch_size(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    def with_values(self, values: Tensor) -> "JaggedTensor":
+        """The same rows with other values [T, ...]."""
+        return JaggedTensor(values, self.offsets, self.max_length)
+
+    def to(self, device: torch.device | str) -> "JaggedTensor":
+        return JaggedTensor(
+            self.values.to(device, non_blocking=True),
+            self.offsets.to(device, non_blocking=True),
+            self.max_length,
+        )
+
+    def to_padded(self, padding: float = 0.0) -> Tensor:
+        """[B, max_length, ...], rows padded at the end."""
+        return reference.jagged_to_padded(self.values, self.offsets, self.max_length, padding)
+
+    @staticmethod
+    def from_padded(padded: Tensor, lengths: Tensor) -> "JaggedTensor":
+        """Keeps the first `lengths[b]` entries of row b of padded [B, M, ...]."""
+        offsets = lengths_to_offsets(lengths)
+        total = int(offsets[-1])
+        return JaggedTensor(reference.padded_to_jagged(padded, offsets, total), offsets, padded.shape[1])
+
+    @staticmethod
+    def from_rows(rows: list[Tensor]) -> "JaggedTensor":
+        """Joins B tensors [length_b, ...]."""
+        lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        return JaggedTensor(torch.cat(rows), lengths_to_offsets(lengths), max(len(row) for row in rows))
+
+    @staticmethod
+    def uniform(values: Tensor) -> "JaggedTensor":
+        """B rows of one length: values [B, M, ...]."""
+        batch, length = values.shape[:2]
+        offsets = torch.arange(batch + 1, device=values.device) * length
+        return JaggedTensor(values.reshape(batch * length, *values.shape[2:]), offsets, length)
+
+
+def lengths_to_offsets(lengths: Tensor) -> Tensor:
+    """Row lengths [B] -> row offsets [B+1] int64."""
+    offsets = torch.zeros(lengths.shape[0] + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    return offsets
+
+
+def jagged_attention(
+    query: JaggedTensor,
+    key: JaggedTensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float = 1.0,
+) -> JaggedTensor:
+    """Scaled dot-product attention in which the queries of row b see the keys of row b only.
+
+    out[i] = sum_j softmax_j(scale * q[i].k[j] + bias[h, clamp(j - i, -R, R) + R]) v[j]
+
+    with i, j counted from the start of their rows (Vaswani et al. 2017, eq. 1; the bias is that of T5,
+    Raffel et al. 2020, section 2.1, already looked up by distance). A query without keys gets zeros.
+
+    Shape: query.values [Tq, H, D], key.values and value [Tk, H, D], bias [H, 2R+1] -> values [Tq, H, D].
+    causal: query i sees keys j <= i.
+    dtype: scores and softmax accumulate in float32 or wider; the result has the dtype of `value`.
+    """
+    output = reference.jagged_attention(
+        query.values,
+        key.values,
+        value,
+        query.offsets,
+        key.offsets,
+        query.max_length,
+        key.max_length,
+        bias,
+        causal,
+        scale,
+    )
+    return query.with_values(output)

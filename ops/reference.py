@@ -1,0 +1,86 @@
+"""Pure-torch twins of every kernel: the oracle of the tests, and the path that runs without a GPU."""
+
+import torch
+from torch import Tensor
+
+
+def row_indices(offsets: Tensor, total: int) -> Tensor:
+    """Row number of each of the `total` = `offsets[-1]` values.
+
+    Shape: offsets [B+1] -> [T] int64.
+    """
+    rows = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    return torch.repeat_interleave(rows, offsets.diff(), output_size=total)
+
+
+def jagged_to_padded(values: Tensor, offsets: Tensor, max_length: int, padding: float = 0.0) -> Tensor:
+    """Rows of a jagged tensor laid side by side, padded at the end.
+
+    Shape: values [T, ...], offsets [B+1] -> [B, max_length, ...].
+    """
+    batch = offsets.shape[0] - 1
+    if values.shape[0] == batch * max_length:  # every row is full: the same memory, seen as a matrix
+        return values.reshape(batch, max_length, *values.shape[1:])
+    rows = row_indices(offsets, values.shape[0])
+    columns = torch.arange(values.shape[0], device=values.device) - offsets[rows]
+    padded = values.new_full((batch * max_length, *values.shape[1:]), padding)
+    padded = padded.index_copy(0, rows * max_length + columns, values)
+    return padded.reshape(batch, max_length, *values.shape[1:])
+
+
+def padded_to_jagged(padded: Tensor, offsets: Tensor, total: int) -> Tensor:
+    """The inverse of `jagged_to_padded`: the leading `lengths[b]` entries of each row, back to back.
+
+    Shape: padded [B, M, ...], offsets [B+1] -> [T, ...] where T = `total` = `offsets[-1]`.
+    """
+    batch, max_length = padded.shape[:2]
+    flat = padded.reshape(batch * max_length, *padded.shape[2:])
+    if total == batch * max_length:
+        return flat
+    rows = row_indices(offsets, total)
+    columns = torch.arange(total, device=padded.device) - offsets[rows]
+    return flat.index_select(0, rows * max_length + columns)
+
+
+def _bias_matrix(bias: Tensor, queries: int, keys: int) -> Tensor:
+    """bias [H, 2R+1] by clamped distance key - query -> [H, queries, keys]."""
+    radius = bias.shape[1] // 2
+    positions_q = torch.arange(queries, device=bias.device)
+    positions_k = torch.arange(keys, device=bias.device)
+    distance = (positions_k[None, :] - positions_q[:, None]).clamp(-radius, radius)
+    return bias[:, distance + radius]
+
+
+def jagged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    max_query: int,
+    max_key: int,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """Attention within rows, computed on padded rows. See `ops.jagged.jagged_attention` for the contract."""
+    q = jagged_to_padded(query, query_offsets, max_query).transpose(1, 2)  # [B, H, Mq, D]
+    k = jagged_to_padded(key, key_offsets, max_key).transpose(1, 2)  # [B, H, Mk, D]
+    v = jagged_to_padded(value, key_offsets, max_key).transpose(1, 2)
+    accumulate = torch.promote_types(query.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(accumulate) * scale  # [B, H, Mq, Mk]
+    if bias is not None:
+        scores = scores + _bias_matrix(bias.to(accumulate), max_query, max_key)
+    if key.shape[0] != k.shape[0] * max_key:
+        columns = torch.arange(max_key, device=key.device)
+        padding = columns >= key_offsets.diff()[:, None]  # [B, Mk]
+        scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
+    if causal:
+        future = torch.ones(max_query, max_key, dtype=torch.bool, device=key.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    # A query that sees no key gets zeros: subtract a finite maximum, divide by at least one part in 1e38.
+    peak = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(accumulate).min)
+    weights = (scores - peak).exp()
+    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(accumulate).tiny)
+    output = weights.to(value.dtype) @ v  # [B, H, Mq, D]
+    return padded_to_jagged(output.transpose(1, 2), query_offsets, query.shape[0])
