@@ -47,21 +47,28 @@ class Samples:
 
 @dataclass(frozen=True)
 class SeqBatch:
-    """user [B] int64, history: item ids (values [T] int64), target [B] int64 item ids."""
+    """B users' histories and what they consumed next.
+
+    user: [B] int64. history: rows of n_b item ids, values [T] int64.
+    targets: rows of m_b item ids, values [P] int64, m_b <= n_b: target i of row b followed the first
+    n_b - m_b + 1 + i items of the history, so the last target followed all of it.
+    """
 
     user: Tensor
     history: JaggedTensor
-    target: Tensor
+    targets: JaggedTensor
 
 
 @dataclass(frozen=True)
 class TokenizedSeqBatch:
-    """user [B] int64; tokens: values [T * L'] int64, the codes of the history's items, L' = L + 1 an item;
-    target [B, L'] int64 codes."""
+    """A SeqBatch in semantic IDs of L' codes an item.
+
+    user: [B] int64. tokens: values [T * L'] int64 codes. targets: values [P, L'] int64 codes.
+    """
 
     user: Tensor
     tokens: JaggedTensor
-    target: Tensor
+    targets: JaggedTensor
 
 
 @dataclass(frozen=True)

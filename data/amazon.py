@@ -1,0 +1,171 @@
+"""Amazon reviews 2014, 5-core, in the layout of the P5 archive.
+
+Geng et al. 2022, https://github.com/jeykigung/P5.
+
+| split  | users  | items  | interactions |
+|--------|--------|--------|--------------|
+| beauty | 22,363 | 12,101 | 198,502      |
+| toys   | 19,412 | 11,924 | 167,597      |
+"""
+
+import ast
+import gzip
+import html
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from data.corpus import Corpus
+from data.schemas import Interactions
+from ops.jagged import lengths_to_offsets
+
+SPLITS = ("beauty", "sports", "toys")
+FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
+UNKNOWN = "Unknown item."
+
+
+def read_amazon(folder: Path, name: str) -> Corpus:
+    """Reads sequential_data.txt, datamaps.json and meta.json.gz from `folder`.
+
+    Item id = P5's number - 1; users come in the order of sequential_data.txt, their items in time order. P5
+    keeps no timestamps. Items without metadata get a text that says so.
+
+    Raises ValueError that names file and line where anything in the files is malformed.
+    """
+    numbers = _read_datamaps(folder / "datamaps.json")
+    users, rows = _read_sequences(folder / "sequential_data.txt", numbers)
+    item_keys = list(numbers["item2id"])
+    described = _read_metadata(folder / "meta.json.gz", set(item_keys))
+    metadata = [described.get(key, (UNKNOWN, [])) for key in item_keys]
+    lengths = torch.tensor([len(row) for row in rows])
+    interactions = Interactions(
+        torch.tensor([item for row in rows for item in row], dtype=torch.int32), lengths_to_offsets(lengths)
+    )
+    user_keys = list(numbers["user2id"])
+    return Corpus.build(
+        name,
+        interactions,
+        item_keys=item_keys,
+        user_keys=[user_keys[user] for user in users],
+        texts=[text for text, _ in metadata],
+        categories=[categories for _, categories in metadata],
+    )
+
+
+def describe(item: dict) -> tuple[str, list[str]]:
+    """The text and the distinct category names of one metadata record.
+
+    {'title': 'Conditioner', 'brand': 'Aveda', 'categories': [['Beauty', 'Hair Care']], 'price': 9.99} becomes
+    "Conditioner. Brand: Aveda. Categories: Beauty > Hair Care. Price: $9.99."; what is missing is left out.
+
+    Raises ValueError where a field has another type than this.
+    """
+    for field, kinds in (("title", str), ("brand", str), ("categories", list), ("price", (int, float))):
+        value = item.get(field)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise ValueError(f"{field} has the unexpected value {value!r}")
+    groups = item.get("categories") or []
+    if not all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups):
+        raise ValueError(f"categories must be a list of lists of names, not {groups!r}")
+    paths = [[entry for entry in map(_clean, group) if entry] for group in groups]
+    parts = [
+        _clean(item.get("title") or ""),
+        _labelled("Brand", _clean(item.get("brand") or "")),
+        _labelled("Categories", "; ".join(dict.fromkeys(" > ".join(path) for path in paths if path))),
+        _labelled("Price", f"${item['price']:.2f}" if item.get("price") is not None else ""),
+    ]
+    text = " ".join(part if part.endswith((".", "!", "?")) else part + "." for part in parts if part)
+    return text or UNKNOWN, list(dict.fromkeys(entry for path in paths for entry in path))
+
+
+def _clean(text: str) -> str:
+    """HTML entities resolved, every run of white space one blank."""
+    return " ".join(html.unescape(text).split())
+
+
+def _labelled(label: str, text: str) -> str:
+    return f"{label}: {text}" if text else ""
+
+
+def _read_datamaps(path: Path) -> dict[str, dict[str, int]]:
+    """user2id and item2id: raw id -> number from 0, in the order of the numbers."""
+    try:
+        maps = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: the bytes are not UTF-8 ({error.reason})") from error
+    numbers = {}
+    for field in ("user2id", "item2id"):
+        entries = maps.get(field) if isinstance(maps, dict) else None
+        rule = f"{path}, line 1: {field!r} must map raw ids to the numbers 1, 2, .. as strings"
+        if not isinstance(entries, dict) or not all(isinstance(number, str) for number in entries.values()):
+            raise ValueError(rule)
+        keys = {number: key for key, number in entries.items()}
+        missing = [number for number in range(1, len(entries) + 1) if str(number) not in keys]
+        if missing or not entries:
+            raise ValueError(f"{rule}; of its {len(entries)} numbers, {missing[:1]} is missing")
+        numbers[field] = {keys[str(number)]: number - 1 for number in range(1, len(entries) + 1)}
+    return numbers
+
+
+def _read_sequences(path: Path, numbers: dict[str, dict[str, int]]) -> tuple[list[int], list[list[int]]]:
+    """Users in file order, and the items of each, both counted from 0."""
+    n_users, n_items = len(numbers["user2id"]), len(numbers["item2id"])
+    rows: dict[int, list[int]] = {}
+    with open(path, "rb") as lines:
+        for line_number, line in enumerate(lines, start=1):
+            try:
+                user, *items = [int(field) - 1 for field in line.split()] or [-1]
+                if not 0 <= user < n_users:
+                    raise ValueError(f"a line starts with a user, 1 to {n_users} as in datamaps.json")
+                if user in rows:
+                    raise ValueError(f"user {user + 1} has a line already")
+                if not items:
+                    raise ValueError(f"user {user + 1} has no items")
+                wrong = [item + 1 for item in items if not 0 <= item < n_items]
+                if wrong:
+                    raise ValueError(f"item {wrong[0]} is not one of 1 to {n_items} as in datamaps.json")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line_number}: {error}") from error
+            rows[user] = items
+    if len(rows) != n_users:
+        raise ValueError(f"{path}, line {len(rows) + 1}: the file ends after {len(rows)} of {n_users} users")
+    return list(rows), list(rows.values())
+
+
+def _read_metadata(path: Path, wanted: set[str]) -> dict[str, tuple[str, list[str]]]:
+    """asin -> text and categories, of the wanted items; every line of the file is checked."""
+    described: dict[str, tuple[str, list[str]]] = {}
+    line_number = 1
+    with gzip.open(path, "rb") as lines:
+        try:
+            for item in _literals(lines):
+                text, categories = describe(item)
+                if item["asin"] in described:
+                    raise ValueError(f"item {item['asin']!r} has a line already")
+                if item["asin"] in wanted:
+                    text.encode()  # raises where the text holds half a surrogate pair
+                    described[item["asin"]] = (text, categories)
+                line_number += 1
+            if not described:
+                raise ValueError("the file ends, and describes no item of datamaps.json")
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}, line {line_number}: {error}") from error
+    return described
+
+
+def _literals(lines: Iterable[bytes]) -> Iterable[dict]:
+    """The Python dict with an "asin" on each line; ValueError where there is none."""
+    for line in lines:
+        try:
+            item = ast.literal_eval(line.decode("utf-8"))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+            raise ValueError(f"not a Python dict literal ({error})") from error
+        if not isinstance(item, dict) or not isinstance(item.get("asin"), str):
+            raise ValueError("not a Python dict literal with an 'asin'")
+        yield item

@@ -1,0 +1,248 @@
+"""A data set as every later step sees it: described items, and who consumed them in which order."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from data.schemas import Interactions
+from data.strings import pack_strings, unpack_strings
+
+if TYPE_CHECKING:
+    import polars as pl
+
+FORMAT_VERSION = 1
+COUNTS = ("n_users", "n_items", "n_interactions")
+HEADER_FIELDS = {"format_version", "name", "hash", "text_hash", "raw_files", *COUNTS}
+REBUILD = "rebuild it with `train.force_dataset_process=True`, or delete the folder"
+
+
+class Corpus:
+    """Items, users and interactions of one data set. Make one with `Corpus.build` or `Corpus.load`.
+
+    name: "sample", "amazon_beauty": also the name of its cache folder.
+    interactions: items [T] int32, offsets [U+1] int64, timestamps [T] int64 or None.
+    item_keys: [N] raw item ids; row n is item id n.
+    user_keys: [U] raw user ids.
+    hash: 16 hex digits over keys, texts, categories and interactions: equal exactly if the data are.
+    text_hash: 16 hex digits over the item texts in order.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        interactions: Interactions,
+        item_keys: list[str],
+        user_keys: list[str],
+        hash: str,
+        text_hash: str,
+        items: "pl.DataFrame | Path",
+    ) -> None:
+        """`items` is the frame of `Corpus.items`, or the parquet file it is read from when it is asked for.
+
+        Raises ValueError where keys and interactions contradict each other; see `_validate`.
+        """
+        _validate(name, interactions, item_keys, user_keys)
+        self.name = name
+        self.interactions = interactions
+        self.item_keys = item_keys
+        self.user_keys = user_keys
+        self.hash = hash
+        self.text_hash = text_hash
+        self._items = items
+
+    @property
+    def n_items(self) -> int:
+        return len(self.item_keys)
+
+    @property
+    def n_users(self) -> int:
+        return len(self.user_keys)
+
+    @cached_property
+    def items(self) -> "pl.DataFrame":
+        """Row n is item n: key (str), text (str), categories (list of str).
+
+        Raises ValueError where the cached file is damaged or belongs to another corpus.
+        """
+        if not isinstance(self._items, Path):
+            return self._items
+        import polars as pl
+
+        try:
+            items = pl.read_parquet(self._items)
+            if _hash([*pack_strings(items["text"].to_list())]) != self.text_hash:
+                raise ValueError(f"its texts are not those of corpus {self.name!r}")
+        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+            raise ValueError(f"{self._items} can't be used ({error}): {REBUILD}") from error
+        return items
+
+    def texts(self) -> list[str]:
+        """[N] descriptions, one an item, in the order of the item ids."""
+        return self.items["text"].to_list()
+
+    @staticmethod
+    def build(
+        name: str,
+        interactions: Interactions,
+        item_keys: list[str],
+        user_keys: list[str],
+        texts: list[str],
+        categories: list[list[str]],
+    ) -> "Corpus":
+        """A corpus from its parts; texts and categories are [N], in the order of `item_keys`.
+
+        Raises ValueError where lengths, ids, offsets or keys contradict each other.
+        """
+        import polars as pl
+
+        for field, values in (("texts", texts), ("categories", categories)):
+            if len(values) != len(item_keys):
+                raise ValueError(f"corpus {name!r}: {len(values)} {field} for {len(item_keys)} item keys")
+        schema = {"key": pl.String, "text": pl.String, "categories": pl.List(pl.String)}
+        items = pl.DataFrame({"key": item_keys, "text": texts, "categories": categories}, schema=schema)
+        packed_texts = pack_strings(texts)
+        content = [
+            *pack_strings(item_keys),
+            *pack_strings(user_keys),
+            *packed_texts,
+            *pack_strings([category for group in categories for category in group]),
+            torch.tensor([len(group) for group in categories], dtype=torch.int64),
+            interactions.items,
+            interactions.offsets,
+        ]
+        if interactions.timestamps is not None:
+            content.append(interactions.timestamps)
+        return Corpus(name, interactions, item_keys, user_keys, _hash(content), _hash([*packed_texts]), items)
+
+    def save(self, folder: str | Path, raw_files: Sequence[dict] = ()) -> None:
+        """Writes corpus.json, tensors.safetensors and items.parquet aside, then replaces `folder` by them.
+
+        raw_files: fingerprints of the files it was built from; they go into corpus.json.
+        """
+        header = {
+            "format_version": FORMAT_VERSION,
+            "name": self.name,
+            "hash": self.hash,
+            "text_hash": self.text_hash,
+            "n_users": self.n_users,
+            "n_items": self.n_items,
+            "n_interactions": len(self.interactions),
+            "raw_files": list(raw_files),
+        }
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
+        aside.mkdir()
+        try:
+            (aside / "tensors.safetensors").write_bytes(save(self._tensors()))  # save_file: 0600
+            self.items.write_parquet(aside / "items.parquet")
+            (aside / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+            _replace_folder(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"items": self.interactions.items, "offsets": self.interactions.offsets}
+        if self.interactions.timestamps is not None:
+            tensors["timestamps"] = self.interactions.timestamps
+        for field in ("item_keys", "user_keys"):
+            tensors[f"{field}.bytes"], tensors[f"{field}.offsets"] = pack_strings(getattr(self, field))
+        return tensors
+
+    @staticmethod
+    def load(folder: str | Path) -> "Corpus":
+        """Reads what `save` wrote; the texts and categories only once they are asked for.
+
+        Raises FileNotFoundError where there is no such folder, and ValueError that names the folder and the
+        fix where the cache is damaged or of another format version.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no cached corpus at {folder}")
+        header = read_header(folder)
+        try:
+            tensors = load_file(folder / "tensors.safetensors")
+            interactions = Interactions(tensors["items"], tensors["offsets"], tensors.get("timestamps"))
+            keys = {
+                field: unpack_strings(tensors[f"{field}.bytes"], tensors[f"{field}.offsets"])
+                for field in ("item_keys", "user_keys")
+            }
+            counts = (len(keys["user_keys"]), len(keys["item_keys"]), len(interactions))
+            if counts != (recorded := tuple(header[field] for field in COUNTS)):
+                raise ValueError(f"{', '.join(COUNTS)} are {counts}, corpus.json says {recorded}")
+            if not (folder / "items.parquet").is_file():
+                raise ValueError("items.parquet is missing")
+            hashes = {"hash": header["hash"], "text_hash": header["text_hash"]}
+            return Corpus(header["name"], interactions, **keys, **hashes, items=folder / "items.parquet")
+        except Exception as error:  # whatever a damaged file makes a reader raise
+            raise ValueError(f"the cached corpus in {folder} can't be used ({error}): {REBUILD}") from error
+
+
+def read_header(folder: Path) -> dict:
+    """corpus.json of a cached corpus. Raises ValueError where it is damaged or of another format version."""
+    try:
+        header = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        if header["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {header['format_version']}, this code reads {FORMAT_VERSION}")
+        if missing := HEADER_FIELDS - header.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'corpus.json'} can't be used ({error!r}): {REBUILD}") from error
+    return header
+
+
+def _validate(name: str, interactions: Interactions, item_keys: list[str], user_keys: list[str]) -> None:
+    """Raises ValueError unless ids, offsets, times and keys fit together."""
+    items, offsets, timestamps = interactions.items, interactions.offsets, interactions.timestamps
+
+    def require(rule: bool, message: str) -> None:
+        if not rule:
+            raise ValueError(f"corpus {name!r}: {message}")
+
+    require(items.dtype == torch.int32 and items.ndim == 1, f"items must be [T] int32, not {items.dtype}")
+    fits = offsets.dtype == torch.int64 and offsets.shape == (len(user_keys) + 1,)
+    require(fits, f"offsets must be [{len(user_keys) + 1}] int64, not {list(offsets.shape)} {offsets.dtype}")
+    require(len(item_keys) > 0 and len(user_keys) > 0, "needs at least one item and one user")
+    for field, keys in (("item_keys", item_keys), ("user_keys", user_keys)):
+        require(len(set(keys)) == len(keys), f"{field} must be unique, {len(set(keys))} of {len(keys)} are")
+    lengths = offsets.diff()
+    rises = int(offsets[0]) == 0 and int(offsets[-1]) == len(items) and bool((lengths >= 0).all())
+    require(rises, f"offsets must rise from 0 to {len(items)}")
+    first = user_keys[int(lengths.argmin())]
+    require(int(lengths.min()) > 0, f"user {first!r} has no interactions; leave such users out")
+    low, high, last = int(items.min()), int(items.max()), len(item_keys) - 1
+    require(0 <= low and high <= last, f"item ids must be within 0 to {last}, not {low} to {high}")
+    if timestamps is not None:
+        fits = timestamps.dtype == torch.int64 and timestamps.shape == items.shape
+        require(fits, f"timestamps must be [{len(items)}] int64, not {timestamps.shape} {timestamps.dtype}")
+        back = timestamps.diff() < 0
+        back[offsets[1:-1] - 1] = False  # the step from one user to the next
+        require(not bool(back.any()), "timestamps must not fall within a user")
+
+
+def _hash(tensors: list[Tensor]) -> str:
+    """16 hex digits over the contents of CPU tensors and their lengths."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(len(tensor).to_bytes(8, "little"))
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    """Renames source to target; what was at target goes first, so that target is never half old, half new."""
+    old = target.parent / f".{target.name}-{uuid.uuid4().hex[:12]}"
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)

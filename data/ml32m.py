@@ -1,0 +1,179 @@
+"""MovieLens as CSV files: the layout of ml-32m, and of the bundled latest-small, whose statistics are
+
+| data set     | users   | items  | interactions |
+|--------------|---------|--------|--------------|
+| latest-small | 610     | 9,742  | 100,836      |
+
+Harper and Konstan 2015, https://doi.org/10.1145/2827872.
+"""
+
+import csv
+import math
+from collections.abc import Container
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from data.corpus import Corpus
+from data.schemas import Interactions
+from ops.jagged import lengths_to_offsets
+
+if TYPE_CHECKING:
+    import polars as pl
+
+FILES = ("movies.csv", "ratings.csv", "tags.csv")
+COLUMNS: dict[str, dict[str, type]] = {
+    "movies.csv": {"movieId": int, "title": str, "genres": str},
+    "ratings.csv": {"userId": int, "movieId": int, "rating": float, "timestamp": int},
+    "tags.csv": {"userId": int, "movieId": int, "tag": str, "timestamp": int},
+}
+NO_GENRES = "(no genres listed)"
+MAX_TAGS = 10
+
+
+def read_movielens(folder: Path, name: str) -> Corpus:
+    """Reads movies.csv, ratings.csv and tags.csv from `folder`.
+
+    Items are all movies, rated or not, in file order; users are those who rated, by ascending id. A user's
+    interactions are all their ratings, whatever the stars, by timestamp; ties keep the order of the file.
+
+    Raises ValueError that names file and line where a row has another number of fields, no number where one
+    must be, an unknown movieId, or bytes that are not UTF-8.
+    """
+    import polars as pl
+
+    movies = _read(folder, "movies.csv").with_row_index("item")
+    if movies.is_empty() or movies["title"].str.strip_chars().eq("").any():
+        raise ValueError(f"{folder / 'movies.csv'}: every movie needs a title, and there must be a movie")
+    if movies["movieId"].is_duplicated().any():
+        repeated = movies.filter(pl.col("movieId").is_duplicated())["movieId"][0]
+        raise ValueError(f"{folder / 'movies.csv'}: movieId {repeated} appears more than once")
+    ratings = _read(folder, "ratings.csv").drop("rating")
+    ratings = _with_item(ratings, movies, folder / "ratings.csv").drop("movieId")
+    ratings = ratings.sort("userId", "timestamp", maintain_order=True)
+    users = ratings.group_by("userId", maintain_order=True).len()
+    tags = _with_item(_read(folder, "tags.csv"), movies, folder / "tags.csv")
+    interactions = Interactions(
+        torch.from_numpy(ratings["item"].cast(pl.Int32).to_numpy(writable=True)),
+        lengths_to_offsets(torch.from_numpy(users["len"].cast(pl.Int64).to_numpy(writable=True))),
+        torch.from_numpy(ratings["timestamp"].to_numpy(writable=True)),
+    )
+    movies = _describe(movies, tags)
+    return Corpus.build(
+        name,
+        interactions,
+        item_keys=movies["movieId"].cast(pl.String).to_list(),
+        user_keys=users["userId"].cast(pl.String).to_list(),
+        texts=movies["text"].to_list(),
+        categories=movies["categories"].to_list(),
+    )
+
+
+def _describe(movies: "pl.DataFrame", tags: "pl.DataFrame") -> "pl.DataFrame":
+    """Adds `categories`, the genres, and `text`: "Toy Story (1995). Genres: Animation. Tags: pixar, fun."
+
+    The tags are the movie's most frequent, lower-cased, ties by alphabet.
+    """
+    import polars as pl
+
+    def clean(column: str) -> pl.Expr:
+        return pl.col(column).str.replace_all(r"\s+", " ").str.strip_chars()
+
+    top_tags = (
+        tags.lazy()
+        .select("item", clean("tag").str.to_lowercase())
+        .filter(pl.col("tag") != "")
+        .group_by("item", "tag")
+        .len()
+        .sort(["item", "len", "tag"], descending=[False, True, False])
+        .group_by("item", maintain_order=True)
+        .agg(pl.col("tag").head(MAX_TAGS).str.join(", "))
+    )
+    no_genres = pl.col("genres").is_in([NO_GENRES, ""])
+    has_stop = pl.col("title").str.ends_with(".")
+    return (
+        movies.lazy()
+        .join(top_tags, on="item", how="left", maintain_order="left")
+        .with_columns(clean("title"), categories=pl.when(~no_genres).then(pl.col("genres").str.split("|")))
+        .with_columns(
+            text=pl.concat_str(
+                pl.col("title"),
+                pl.when(~has_stop).then(pl.lit(".")),
+                pl.format(" Genres: {}.", pl.col("categories").list.join(", ")),
+                pl.format(" Tags: {}.", pl.col("tag")),
+                ignore_nulls=True,
+            ),
+            categories=pl.col("categories").fill_null([]),
+        )
+        .collect()
+    )
+
+
+def _with_item(rows: "pl.DataFrame", movies: "pl.DataFrame", path: Path) -> "pl.DataFrame":
+    """Adds `item`, the movie's row in movies.csv; raises ValueError where there is none."""
+    rows = rows.join(movies.select("movieId", "item"), on="movieId", how="left", maintain_order="left")
+    if rows["item"].null_count():
+        known = set(movies["movieId"].to_list())
+        raise _bad_row(path, known) or ValueError(f"{path}: a movieId is not in movies.csv")
+    return rows
+
+
+def _read(folder: Path, file: str) -> "pl.DataFrame":
+    """One of the files as a frame with the columns of COLUMNS; an empty text is ""."""
+    import polars as pl
+
+    path = folder / file
+    types = {int: pl.Int64, float: pl.Float64, str: pl.String}
+    expected = ",".join(COLUMNS[file])
+    with open(path, "rb") as lines:
+        header = lines.readline().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+    if header != expected.encode():
+        raise ValueError(f"{path}, line 1: the header must be {expected!r}, it is {header[:200]!r}")
+    try:
+        frame = pl.read_csv(path, schema={column: types[kind] for column, kind in COLUMNS[file].items()})
+    except pl.exceptions.PolarsError as error:
+        raise _bad_row(path) or ValueError(f"{path} can't be read as CSV: {error}") from error
+    # A null is an empty field or one that is not there: the slow reader tells them apart.
+    suspect = sum(frame.null_count().row(0)) > 0
+    if file == "ratings.csv":
+        suspect |= not frame["rating"].is_finite().all()
+    if suspect and (problem := _bad_row(path)):
+        raise problem
+    return frame.with_columns(pl.col(pl.String).fill_null(""))
+
+
+def _bad_row(path: Path, known_movies: Container[int] | None = None) -> ValueError | None:
+    """The error that describes the first malformed row, or None. Slow: for suspect files."""
+    columns = COLUMNS[path.name]
+    with open(path, "rb") as lines:
+        rows = csv.reader((line.decode("utf-8") for line in lines), strict=True)
+        line_number = 1  # where the row begins: it may go over several lines
+        try:
+            next(rows)
+            line_number = rows.line_num + 1
+            for row in rows:
+                if problem := _problem(row, columns, known_movies):
+                    return ValueError(f"{path}, line {line_number}: {problem}")
+                line_number = rows.line_num + 1
+        except UnicodeDecodeError as error:
+            return ValueError(f"{path}, line {rows.line_num + 1}: the bytes are not UTF-8 ({error.reason})")
+        except csv.Error as error:
+            return ValueError(f"{path}, line {line_number}: {error}")
+    return None
+
+
+def _problem(row: list[str], columns: dict[str, type], known_movies: Container[int] | None) -> str | None:
+    """What is wrong with a row, if anything."""
+    if len(row) != len(columns):
+        return f"{len(row)} fields where there must be {len(columns)}"
+    for (column, kind), field in zip(columns.items(), row, strict=True):
+        try:
+            value = kind(field)
+        except ValueError:
+            return f"{column} must be a number, not {field!r}"
+        if kind is float and not math.isfinite(value):
+            return f"{column} must be finite, not {field!r}"
+        if column == "movieId" and known_movies is not None and value not in known_movies:
+            return f"movieId {value} is not in movies.csv"
+    return None

@@ -1,0 +1,31 @@
+"""Lists of strings as two tensors, so that they fit in a safetensors file."""
+
+import torch
+from torch import Tensor
+
+from ops.jagged import lengths_to_offsets
+
+
+def pack_strings(strings: list[str]) -> tuple[Tensor, Tensor]:
+    """Joins n strings as UTF-8.
+
+    Returns bytes [M] uint8 and offsets [n+1] int64; string i is `bytes[offsets[i]:offsets[i+1]]`.
+    Raises UnicodeEncodeError, a ValueError, where a string holds half a surrogate pair.
+    """
+    encoded = [string.encode("utf-8") for string in strings]
+    lengths = torch.tensor([len(string) for string in encoded], dtype=torch.int64)
+    joined = bytearray(b"".join(encoded))
+    packed = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+    return packed, lengths_to_offsets(lengths)
+
+
+def unpack_strings(packed: Tensor, offsets: Tensor) -> list[str]:
+    """The strings behind `pack_strings`: packed [M] uint8, offsets [n+1] int64.
+
+    Raises ValueError where the offsets don't cover the bytes in order, or a string is not UTF-8.
+    """
+    bounds = offsets.tolist()
+    if not bounds or bounds[0] != 0 or bounds[-1] != len(packed) or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"the string offsets must rise from 0 to the number of bytes, {len(packed)}")
+    joined = packed.numpy().tobytes()
+    return [joined[start:end].decode("utf-8") for start, end in zip(bounds, bounds[1:], strict=False)]

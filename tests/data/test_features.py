@@ -1,0 +1,166 @@
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data.corpus import Corpus
+from data.features import TfidfSvd, item_features
+from data.processed import RecDataset, load_corpus
+from data.schemas import Interactions
+
+REPOSITORY = Path(__file__).parents[2]
+TEXTS = [
+    "red ball game",
+    "red red ball",
+    "blue ball",
+    "blue game of chess",
+    "chess game",
+    "red chess",
+    "unique",
+]
+
+
+def make(texts: list[str] = TEXTS, categories: list[list[str]] | None = None, name: str = "tiny") -> Corpus:
+    interactions = Interactions(torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1]))
+    keys = [f"key{n}" for n in range(len(texts))]
+    return Corpus.build(name, interactions, keys, ["u"], texts, categories or [[] for _ in texts])
+
+
+@dataclass
+class Lengths:
+    """An encoder that counts its calls."""
+
+    identity: str = "lengths"
+    output: np.ndarray | None = None
+    calls: list[list[str]] = field(default_factory=list)
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        self.calls.append(texts)
+        if self.output is not None:
+            return self.output
+        return np.array([[len(text), text.count(" ")] for text in texts], dtype=np.float32)
+
+
+def test_features_are_encoded_once_and_memory_mapped(tmp_path):
+    encoder = Lengths()
+    first = item_features(make(), encoder, str(tmp_path))
+    second = item_features(make(), encoder, str(tmp_path))
+    assert encoder.calls == [TEXTS]
+    assert isinstance(second.values, np.memmap) and second.values.dtype == np.float32
+    assert (second.n_cat_features, second.identity) == (0, "lengths")
+    np.testing.assert_array_equal(first.values, [[len(text), text.count(" ")] for text in TEXTS])
+    np.testing.assert_array_equal(second.values, first.values)
+    item_features(make(), encoder, str(tmp_path), force=True)
+    assert len(encoder.calls) == 2
+    files = list((tmp_path / "processed/tiny/features").iterdir())
+    assert [re.fullmatch(r"lengths-[0-9a-f]{16}\.npy", path.name) is not None for path in files] == [True]
+
+
+def test_torch_takes_the_values_and_the_file_stays_as_it_is(tmp_path, recwarn):
+    values = item_features(make(), Lengths(), str(tmp_path)).values
+    tensor = torch.from_numpy(values)
+    tensor.zero_()
+    assert not recwarn.list
+    assert item_features(make(), Lengths(), str(tmp_path)).values[0, 0] == len(TEXTS[0])
+
+
+def test_other_texts_or_another_encoder_are_not_served_the_old_features(tmp_path):
+    item_features(make(), Lengths(), str(tmp_path))
+    other = item_features(make(["longer " + text for text in TEXTS]), Lengths(), str(tmp_path))
+    assert other.values[0, 0] == len(TEXTS[0]) + 7
+    encoder = Lengths("Lengths of/another kind")
+    item_features(make(), encoder, str(tmp_path))
+    assert len(encoder.calls) == 1
+    names = sorted(path.name for path in (tmp_path / "processed/tiny/features").iterdir())
+    assert len(names) == 3 and names[-1].startswith("lengths-of-another-kind-")
+
+
+def test_categories_are_trailing_columns_sorted_by_name(tmp_path):
+    groups = [["b", "a"], [], ["c"], ["a"], ["b", "b"], ["Z"], []]
+    for _ in range(2):
+        features = item_features(make(categories=groups), Lengths(), str(tmp_path), categories=True)
+        assert features.values.shape == (7, 2 + 4) and features.values.dtype == np.float32
+        assert features.n_cat_features == 4
+        expected = [[name in group for name in ("Z", "a", "b", "c")] for group in groups]
+        np.testing.assert_array_equal(features.values[:, 2:], expected)
+        np.testing.assert_array_equal(features.values[:, 0], [len(text) for text in TEXTS])
+    changed = make(categories=[["b"], *groups[1:]])
+    assert item_features(changed, Lengths(), str(tmp_path), categories=True).values[0, 3] == 0
+    plain = item_features(changed, Lengths(), str(tmp_path))
+    assert plain.identity != features.identity and plain.values.shape == (7, 2)
+
+
+def test_no_categories_are_no_columns(tmp_path):
+    features = item_features(make(), Lengths(), str(tmp_path), categories=True)
+    assert features.n_cat_features == 0 and features.values.shape == (7, 2)
+
+
+def test_too_many_categories_are_refused(tmp_path):
+    groups = [[f"c{n}" for n in range(513)], *([[]] * 6)]
+    with pytest.raises(ValueError, match="tiny has 513 categories.*512"):
+        item_features(make(categories=groups), Lengths(), str(tmp_path), categories=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused_by_item(tmp_path, value):
+    output = np.zeros((7, 2), dtype=np.float32)
+    output[[5, 3], 1] = value
+    with pytest.raises(ValueError, match=r"lengths: item 3 \('key3'\)"):
+        item_features(make(), Lengths(output=output), str(tmp_path))
+    assert not (tmp_path / "processed").exists()
+
+
+@pytest.mark.parametrize("shape", [(6, 2), (7,), (7, 2, 1)])
+def test_outputs_of_another_shape_are_refused(tmp_path, shape):
+    with pytest.raises(ValueError, match=re.escape(f"lengths returned {shape} for 7 texts")):
+        item_features(make(), Lengths(output=np.zeros(shape)), str(tmp_path))
+
+
+def test_a_crash_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    def crash(path, values):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "save", crash)
+    with pytest.raises(OSError, match="disk full"):
+        item_features(make(), Lengths(), str(tmp_path))
+    assert not list((tmp_path / "processed/tiny/features").iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"half", "cut", "other rows", "other dtype"])
+def test_a_damaged_cached_file_is_named(tmp_path, content):
+    item_features(make(), Lengths(), str(tmp_path))
+    (path,) = (tmp_path / "processed/tiny/features").iterdir()
+    if content == "cut":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif content in ("other rows", "other dtype"):
+        np.save(path, np.zeros((6, 2), np.float32) if content == "other rows" else np.zeros((7, 2)))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="delete it") as raised:
+        item_features(make(), Lengths(), str(tmp_path))
+    assert str(path) in str(raised.value)
+
+
+def test_cached_features_need_no_library_that_made_them(tmp_path):
+    corpus = load_corpus(RecDataset.SAMPLE, str(tmp_path))
+    built = item_features(corpus, TfidfSvd(dim=4, ngrams=1, min_df=50), str(tmp_path), categories=True)
+    assert built.values.shape == (9742, 4 + 19) and built.n_cat_features == 19
+    code = f"""
+import sys
+for module in ("polars", "sklearn", "scipy", "sentence_transformers", "transformers"):
+    sys.modules[module] = None  # importing it raises ImportError
+from data.features import TfidfSvd, item_features
+from data.processed import RecDataset, load_corpus
+corpus = load_corpus(RecDataset.SAMPLE, {str(tmp_path)!r})
+encoder = TfidfSvd(dim=4, ngrams=1, min_df=50)
+print(item_features(corpus, encoder, {str(tmp_path)!r}, categories=True).values.sum(dtype="float64"))
+"""
+    output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert output.returncode == 0, output.stderr
+    assert float(output.stdout) == pytest.approx(built.values.sum(dtype="float64"))
