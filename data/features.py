@@ -1,17 +1,18 @@
-"""Item texts to vectors: the input of the tokenizer, encoded once and cached."""
+"""Items to vectors, the input of the tokenizer: computed once by each source and cached."""
 
 import hashlib
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
 import gin
 import numpy as np
+from torch import Tensor
 
 from data.corpus import Corpus
 
@@ -19,13 +20,32 @@ MAX_CATEGORIES = 512
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 
 
-class Encoder(Protocol):
-    """identity: everything that changes the output, in one string; a call: N texts -> [N, D] float32."""
+class FeatureSource(Protocol):
+    """Something that describes the items of a corpus by vectors.
+
+    identity: everything about the source that changes its output, in one string.
+    """
 
     @property
     def identity(self) -> str: ...
 
-    def __call__(self, texts: list[str]) -> np.ndarray: ...
+    def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
+        """A hash of what the source reads of the corpus: features are computed anew when it changes."""
+        ...
+
+    def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
+        """train_lengths: [U] int64, leading interactions of each user that are training data -> [N, D] float32."""
+        ...
+
+
+class TextEncoder:
+    """A source that reads the item texts only; subclasses write `encode`."""
+
+    def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
+        return corpus.text_hash
+
+    def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
+        return self.encode(corpus.texts())
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,7 @@ class ItemFeatures:
 
 @gin.configurable
 @dataclass(frozen=True)
-class TfidfSvd:
+class TfidfSvd(TextEncoder):
     """Latent semantic analysis (Deerwester et al. 1990): tf-idf, projected on its largest components.
 
     dim: D. ngrams: longest run of words that counts as a term. min_df: texts a term must be in to count.
@@ -61,7 +81,7 @@ class TfidfSvd:
     def identity(self) -> str:
         return f"tfidf-svd(dim={self.dim}, ngrams={self.ngrams}, min_df={self.min_df})"
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
+    def encode(self, texts: list[str]) -> np.ndarray:
         """N texts -> [N, dim] float32. Raises ValueError where dim is more than the texts allow."""
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -84,7 +104,7 @@ class TfidfSvd:
 
 @gin.configurable
 @dataclass
-class SentenceEncoder:
+class SentenceEncoder(TextEncoder):
     """A sentence-transformers model.
 
     model: its name on the Hugging Face Hub, or a local folder. device: None takes a GPU where there is one.
@@ -108,7 +128,7 @@ class SentenceEncoder:
             digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
         return f"sentence-encoder-{digest.hexdigest()[:16]}"
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
+    def encode(self, texts: list[str]) -> np.ndarray:
         """N texts -> [N, D] float32. Raises ValueError where the model can't be loaded."""
         from sentence_transformers import SentenceTransformer
 
@@ -124,37 +144,54 @@ class SentenceEncoder:
 
 
 def item_features(
-    corpus: Corpus, encoder: Encoder, dataset_folder: str, force: bool = False, categories: bool = False
+    corpus: Corpus,
+    sources: Sequence[FeatureSource],
+    dataset_folder: str,
+    train_lengths: Tensor,
+    force: bool = False,
+    categories: bool = False,
 ) -> ItemFeatures:
-    """The texts of a corpus, encoded; cached in `<dataset_folder>/processed/<corpus.name>/features`.
+    """The vectors of all sources side by side; each cached in `<dataset_folder>/features/<corpus.name>`.
 
-    force: encode again. categories: append one 0/1 column a category, sorted by name.
-    The array may be written to: the file does not change.
+    Of several sources, each is divided by the deviation of its rows (one number a source), so that all have
+    the same say. train_lengths: [U] int64, what a source may read of the interactions.
+    force: compute again. categories: append one 0/1 column a category, sorted by name. The array may be
+    written to, the files do not change.
 
-    Raises ValueError where an encoded value is not finite, the encoder returns another number of rows, the
-    cached file does not fit, or there are more than 512 categories.
+    Raises ValueError where a value is not finite, a source returns another number of rows, a cached file
+    does not fit, there is no source or there are more than 512 categories.
     """
-    folder = Path(dataset_folder) / "processed" / corpus.name / "features"
-    slug = re.sub(r"[^a-z0-9.]+", "-", encoder.identity.lower()).strip("-.")[:60]
-    key = hashlib.sha256(f"{encoder.identity}\0{corpus.text_hash}".encode()).hexdigest()[:16]
-    values = _cached(folder / f"{slug}-{key}.npy", corpus.n_items, lambda: _encode(corpus, encoder), force)
-    if not categories:
-        return ItemFeatures(values, 0, encoder.identity)
-    path = folder / f"categories-{corpus.hash}.npy"
-    multi_hot = _cached(path, corpus.n_items, lambda: _multi_hot(corpus), force)
-    values = np.concatenate([values, multi_hot], axis=1)
-    return ItemFeatures(values, multi_hot.shape[1], f"{encoder.identity} + {multi_hot.shape[1]} categories")
+    if not sources:
+        raise ValueError("train.features is empty: name at least one source, such as @TfidfSvd()")
+    folder = Path(dataset_folder) / "features" / corpus.name
+    blocks = []
+    for source in sources:
+        slug = re.sub(r"[^a-z0-9.]+", "-", source.identity.lower()).strip("-.")[:60]
+        content = source.content(corpus, train_lengths)
+        key = hashlib.sha256(f"{source.identity}\0{content}".encode()).hexdigest()[:16]
+        path = folder / f"{slug}-{key}.npy"
+        blocks.append(_cached(path, corpus.n_items, partial(_compute, source, corpus, train_lengths), force))
+    if len(blocks) > 1:
+        blocks = [block / max(float(block.var(0).sum()) ** 0.5, 1e-6) for block in blocks]
+    identity, n_cat_features = " + ".join(source.identity for source in sources), 0
+    if categories:
+        path = folder / f"categories-{corpus.hash}.npy"
+        blocks.append(_cached(path, corpus.n_items, partial(_multi_hot, corpus), force))
+        n_cat_features = blocks[-1].shape[1]
+        identity += f" + {n_cat_features} categories"
+    values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+    return ItemFeatures(values, n_cat_features, identity)
 
 
-def _encode(corpus: Corpus, encoder: Encoder) -> np.ndarray:
+def _compute(source: FeatureSource, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
     """[N, D] float32, checked."""
-    values = np.asarray(encoder(corpus.texts()), dtype=np.float32)
+    values = np.asarray(source(corpus, train_lengths), dtype=np.float32)
     if values.ndim != 2 or len(values) != corpus.n_items:
-        raise ValueError(f"{encoder.identity} returned {values.shape} for {corpus.n_items} texts")
+        raise ValueError(f"{source.identity} returned {values.shape} for {corpus.n_items} items")
     bad = ~np.isfinite(values).all(axis=1)
     if bad.any():
         item = int(bad.argmax())
-        raise ValueError(f"{encoder.identity}: item {item} ({corpus.item_keys[item]!r}) has NaN or infinity")
+        raise ValueError(f"{source.identity}: item {item} ({corpus.item_keys[item]!r}) is not finite")
     return values
 
 

@@ -33,16 +33,15 @@ class Samples:
     """Prediction tasks: the history is what `user` consumed before `position`, the target the item at it.
 
     user, position: [S] int64; positions count from the user's first interaction.
+    slack: [S] int64, by how much the position may be moved later when the sample is drawn for training.
     """
 
     user: Tensor
     position: Tensor
+    slack: Tensor
 
     def __len__(self) -> int:
         return self.user.shape[0]
-
-    def __getitem__(self, index: Tensor | slice) -> "Samples":
-        return Samples(self.user[index], self.position[index])
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,9 @@ class SeqBatch:
 
 @dataclass(frozen=True)
 class TokenizedSeqBatch:
-    """A SeqBatch in semantic IDs of L' codes an item.
+    """A SeqBatch whose history is written in semantic IDs of L' codes an item.
 
-    user: [B] int64. tokens: values [T * L'] int64 codes. targets: values [P, L'] int64 codes.
+    user: [B] int64. tokens: values [T * L'] int64 codes. targets: values [P] int64 item ids, as in SeqBatch.
     """
 
     user: Tensor
@@ -73,8 +72,7 @@ class TokenizedSeqBatch:
 
 @dataclass(frozen=True)
 class RankedItems:
-    """Best items first. items [B, K] int64, -1 where fewer than K exist; log_probs [B, K] float32, -inf there."""
+    """Best items first. items: [B, K] int64, -1 where fewer than K exist; log_probs: [B, K] float32, -inf there."""
 
     items: Tensor
     log_probs: Tensor
-

@@ -34,6 +34,12 @@ class JaggedTensor:
     def batch_size(self) -> int:
         return self.offsets.shape[0] - 1
 
+    def positions(self) -> Tensor:
+        """Place of every value in its row, from 0. [T] int64."""
+        total = self.values.shape[0]
+        rows = reference.row_indices(self.offsets, total)
+        return torch.arange(total, device=self.offsets.device) - self.offsets[rows]
+
     def with_values(self, values: Tensor) -> "JaggedTensor":
         """The same rows with other values [T, ...]."""
         return JaggedTensor(values, self.offsets, self.max_length)
@@ -77,12 +83,19 @@ def lengths_to_offsets(lengths: Tensor) -> Tensor:
     return offsets
 
 
+def jagged_prepend(prefix: Tensor, rows: JaggedTensor) -> JaggedTensor:
+    """One value in front of every row: prefix [B, ...], rows.values [T, ...] -> values [B + T, ...]."""
+    offsets = rows.offsets + torch.arange(rows.batch_size + 1, device=rows.offsets.device)
+    values = reference.jagged_prepend(prefix, rows.values, rows.offsets)
+    return JaggedTensor(values, offsets, rows.max_length + 1)
+
+
 def jagged_attention(
     query: JaggedTensor,
     key: JaggedTensor,
     value: Tensor,
     bias: Tensor | None = None,
-    causal: bool = False,
+    key_limits: Tensor | None = None,
     scale: float = 1.0,
 ) -> JaggedTensor:
     """Scaled dot-product attention in which the queries of row b see the keys of row b only.
@@ -93,7 +106,8 @@ def jagged_attention(
     Raffel et al. 2020, section 2.1, already looked up by distance). A query without keys gets zeros.
 
     Shape: query.values [Tq, H, D], key.values and value [Tk, H, D], bias [H, 2R+1] -> values [Tq, H, D].
-    causal: query i sees keys j <= i.
+    key_limits: [Tq] integers; a query sees only the first `key_limits` keys of its row (all, if None). Causal
+    attention is `key_limits` = 1 + the query's place in its row.
     dtype: scores and softmax accumulate in float32 or wider; the result has the dtype of `value`.
     """
     output = reference.jagged_attention(
@@ -105,7 +119,7 @@ def jagged_attention(
         query.max_length,
         key.max_length,
         bias,
-        causal,
+        key_limits,
         scale,
     )
     return query.with_values(output)

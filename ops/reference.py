@@ -60,7 +60,7 @@ def jagged_attention(
     max_query: int,
     max_key: int,
     bias: Tensor | None = None,
-    causal: bool = False,
+    key_limits: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Attention within rows, computed on padded rows. See `ops.jagged.jagged_attention` for the contract."""
@@ -71,16 +71,28 @@ def jagged_attention(
     scores = (q @ k.transpose(-1, -2)).to(accumulate) * scale  # [B, H, Mq, Mk]
     if bias is not None:
         scores = scores + _bias_matrix(bias.to(accumulate), max_query, max_key)
-    if key.shape[0] != k.shape[0] * max_key:
-        columns = torch.arange(max_key, device=key.device)
-        padding = columns >= key_offsets.diff()[:, None]  # [B, Mk]
-        scores = scores.masked_fill(padding[:, None, None, :], float("-inf"))
-    if causal:
-        future = torch.ones(max_query, max_key, dtype=torch.bool, device=key.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    # A query that sees no key gets zeros: subtract a finite maximum, divide by at least one part in 1e38.
+    lengths = key_offsets.diff()[:, None]  # [B, 1]
+    if key_limits is not None:
+        lengths = jagged_to_padded(key_limits, query_offsets, max_query).minimum(lengths)  # [B, Mq]
+    if key_limits is not None or key.shape[0] != k.shape[0] * max_key:
+        hidden = torch.arange(max_key, device=key.device) >= lengths[..., None]  # [B, 1 or Mq, Mk]
+        scores = scores.masked_fill(hidden[:, None], float("-inf"))
+    # A query that sees no key gets zeros: the maximum and the sum are kept finite and above zero.
     peak = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(accumulate).min)
     weights = (scores - peak).exp()
     weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(accumulate).tiny)
     output = weights.to(value.dtype) @ v  # [B, H, Mq, D]
     return padded_to_jagged(output.transpose(1, 2), query_offsets, query.shape[0])
+
+
+def jagged_prepend(prefix: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+    """One value in front of every row: row b becomes [prefix[b], values of row b].
+
+    Shape: prefix [B, ...], values [T, ...], offsets [B+1] -> [B + T, ...]; the new offsets are
+    `offsets + arange(B+1)`.
+    """
+    batch = prefix.shape[0]
+    first = offsets[:-1] + torch.arange(batch, device=offsets.device)
+    rest = torch.arange(values.shape[0], device=offsets.device) + row_indices(offsets, values.shape[0]) + 1
+    joined = torch.cat([prefix, values])
+    return torch.empty_like(joined).index_copy(0, torch.cat([first, rest]), joined)

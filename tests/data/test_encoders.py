@@ -49,9 +49,7 @@ def test_tfidf_svd_is_the_projection_on_the_leading_singular_vectors():
     left, singular, _ = np.linalg.svd(tfidf_by_hand(TEXTS, min_df=2), full_matrices=False)
     expected = left[:, :3] * singular[:3]
     expected /= np.linalg.norm(expected, axis=1, keepdims=True).clip(min=1e-6)
-    np.testing.assert_allclose(
-        values @ values.T, expected @ expected.T, atol=1e-6
-    )  # up to the signs of columns
+    np.testing.assert_allclose(values @ values.T, expected @ expected.T, atol=1e-6)  # up to the signs of columns
     assert not values[6].any(), "no term of this text is in two texts"
 
 
@@ -72,9 +70,7 @@ def test_tfidf_svd_is_deterministic(tmp_path):
 
 
 def test_the_largest_dim_is_named_and_works():
-    with pytest.raises(
-        ValueError, match=r"TfidfSvd.dim = 256 .*the largest possible value is (\d+)"
-    ) as raised:
+    with pytest.raises(ValueError, match=r"TfidfSvd.dim = 256 .*the largest possible value is (\d+)") as raised:
         TfidfSvd()(TEXTS)
     largest = int(str(raised.value).rpartition(" ")[2])
     assert TfidfSvd(dim=largest)(TEXTS).shape == (7, largest)

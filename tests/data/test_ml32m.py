@@ -104,10 +104,7 @@ raw_files = st.lists(st.integers(1, 50), min_size=1, max_size=5, unique=True).fl
     lambda movies: st.fixed_dictionaries(
         {
             "movies": st.tuples(
-                *[
-                    st.tuples(st.just(m), words, st.sampled_from(["A|B", "(no genres listed)", "C"]))
-                    for m in movies
-                ]
+                *[st.tuples(st.just(m), words, st.sampled_from(["A|B", "(no genres listed)", "C"])) for m in movies]
             ),
             "ratings": st.lists(
                 st.tuples(st.integers(1, 12), st.sampled_from(movies), stars, st.integers(0, 3)), min_size=1

@@ -1,0 +1,94 @@
+"""The catalogue as a prefix tree over code tuples, laid out so that training and search are made of gathers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Trie:
+    """Nodes of depth d are the distinct code prefixes of length d, numbered in lexicographic order.
+
+    first_child[d]: [n_d + 1] int64; node n of depth d has the children first_child[d][n] to
+        first_child[d][n+1] - 1, which are nodes of depth d + 1. Depth 0 has one node, the root.
+    code[d]: [n_{d+1}] int64, the last code of each node of depth d + 1.
+    leaf_items: [N] int64, the item of each leaf; leaves are the nodes of depth L'.
+    item_codes: [N, L'] int64, the codes of each item.
+    item_nodes: [N, L' + 1] int64, the nodes of depths 0 to L' on each item's path.
+    fanout[d]: host integer, the largest number of children of a node of depth d.
+    """
+
+    first_child: list[Tensor]
+    code: list[Tensor]
+    leaf_items: Tensor
+    item_codes: Tensor
+    item_nodes: Tensor
+    fanout: list[int]
+
+    @property
+    def n_levels(self) -> int:
+        return len(self.code)
+
+    @property
+    def n_items(self) -> int:
+        return self.leaf_items.shape[0]
+
+    @staticmethod
+    def build(codes: Tensor) -> "Trie":
+        """codes: [N, L'] distinct rows; row n belongs to item n. ValueError names two items with equal codes."""
+        codes = codes.long()
+        n_items, n_levels = codes.shape
+        order = torch.arange(n_items, device=codes.device)
+        for level in reversed(range(n_levels)):  # stable sorts from the last key to the first
+            order = order[codes[order, level].argsort(stable=True)]
+        ordered = codes[order]
+        opens = torch.ones_like(ordered, dtype=torch.bool)  # row starts a new prefix of length d + 1
+        opens[1:] = (ordered[1:] != ordered[:-1]).cumsum(1) > 0
+        if not bool(opens[:, -1].all()):
+            twin = int((~opens[:, -1]).nonzero()[0])
+            a, b = sorted((int(order[twin - 1]), int(order[twin])))
+            raise ValueError(f"Items {a} and {b} share the codes {ordered[twin].tolist()}; a trie needs unique ones.")
+        nodes = [torch.zeros(n_items, dtype=torch.int64, device=codes.device)]  # of depth d, for each ordered row
+        first_child, code, fanout = [], [], []
+        for level in range(n_levels):
+            starts = opens[:, level]
+            children = torch.bincount(nodes[level][starts])
+            first_child.append(torch.cat([children.new_zeros(1), children.cumsum(0)]))
+            code.append(ordered[starts, level])
+            fanout.append(int(children.max()))
+            nodes.append(starts.cumsum(0) - 1)
+        item_nodes = torch.empty_like(torch.stack(nodes, 1)).index_copy(0, order, torch.stack(nodes, 1))
+        return Trie(first_child, code, order, codes, item_nodes, fanout)
+
+    def to(self, device: torch.device | str) -> "Trie":
+        return Trie(
+            [tensor.to(device) for tensor in self.first_child],
+            [tensor.to(device) for tensor in self.code],
+            self.leaf_items.to(device),
+            self.item_codes.to(device),
+            self.item_nodes.to(device),
+            self.fanout,
+        )
+
+    def children(self, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Children of nodes of one depth.
+
+        Shape: nodes [...] -> child nodes, their codes, and whether each exists: [..., fanout[depth]].
+        Where a child does not exist, its node and code are those of the first child.
+        """
+        first, last = self.first_child[depth][nodes], self.first_child[depth][nodes + 1]
+        child = first[..., None] + torch.arange(self.fanout[depth], device=nodes.device)
+        exists = child < last[..., None]
+        child = torch.where(exists, child, first[..., None])
+        return child, self.code[depth][child], exists
+
+    def log_probs(self, logits: Tensor, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Distribution over the children of each node: a softmax over the codes that continue a real item.
+
+        Shape: logits [..., V] of the codes of this level, nodes [...] of `depth` -> log-probabilities float32
+        (-inf where a child does not exist), child nodes, their codes: [..., fanout[depth]].
+        """
+        child, code, exists = self.children(depth, nodes)
+        scores = logits.float().gather(-1, code).masked_fill(~exists, float("-inf"))
+        return scores.log_softmax(-1), child, code

@@ -1,0 +1,177 @@
+"""The retriever: encodes a user's history of semantic IDs and generates the next item's."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import gin
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.schemas import TokenizedSeqBatch
+from modules.embedding.id_embedder import SemIdEmbedder, UserEmbedder
+from modules.generation.trie import Trie
+from modules.transformer.attention import KeyValue
+from modules.transformer.model import Decoder, Encoder, KeyValueCache, MemoryView, TransformerConfig
+from ops.jagged import jagged_prepend
+from ops.reference import row_indices
+
+
+@dataclass(frozen=True)
+class RetrievalLoss:
+    """loss: mean over the targets of -log p(item), in nats; level_losses: [L'], its parts."""
+
+    loss: Tensor
+    level_losses: Tensor
+
+
+@gin.configurable
+class EncoderDecoderRetrievalModel(nn.Module):
+    """TIGER's transformer (Rajput et al. 2023, section 3.2) without padding.
+
+    level_sizes: codes on each of the L' levels of a semantic ID, read from the artifact.
+    The history enters as [user token, L' codes of the oldest item, ..., L' codes of the newest].
+    causal_encoder: a history token sees only what came before it. One pass over a user's sequence then serves
+    every prefix of it as a training example; a bidirectional encoder needs a pass per target.
+    user_buckets: vectors shared by all users' tokens.
+    """
+
+    def __init__(
+        self,
+        level_sizes: tuple[int, ...],
+        dim: int = 128,
+        ff_dim: int = 1024,
+        n_heads: int = 6,
+        head_dim: int = 64,
+        encoder_layers: int = 4,
+        decoder_layers: int = 4,
+        dropout: float = 0.1,
+        user_buckets: int = 2000,
+        causal_encoder: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "level_sizes": list(level_sizes),
+            "dim": dim,
+            "ff_dim": ff_dim,
+            "n_heads": n_heads,
+            "head_dim": head_dim,
+            "encoder_layers": encoder_layers,
+            "decoder_layers": decoder_layers,
+            "dropout": dropout,
+            "user_buckets": user_buckets,
+            "causal_encoder": causal_encoder,
+        }
+        block = TransformerConfig(dim, ff_dim, n_heads, head_dim, dropout)
+        self.level_sizes = tuple(level_sizes)
+        self.causal_encoder = causal_encoder
+        self.code_embedder = SemIdEmbedder(self.level_sizes, dim)
+        self.user_embedder = UserEmbedder(user_buckets, dim)
+        self.start = nn.Parameter(torch.empty(dim))
+        self.encoder = Encoder(block, encoder_layers)
+        self.decoder = Decoder(block, decoder_layers)
+        self.head = nn.Linear(dim, sum(level_sizes), bias=False)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=1.0)
+        nn.init.normal_(self.start, std=1.0)
+        nn.init.zeros_(self.encoder.bias.table.weight)
+
+    def memory(self, batch: TokenizedSeqBatch) -> list[KeyValue]:
+        """Encodes the histories once: each decoder layer's keys and values [B + T * L', H, D], rows of users."""
+        codes = batch.tokens.values.view(-1, len(self.level_sizes))
+        embedded = self.code_embedder(codes).flatten(0, 1)  # [T * L', dim]
+        history = jagged_prepend(self.user_embedder(batch.user), batch.tokens.with_values(embedded))
+        key_limits = history.positions() + 1 if self.causal_encoder else None
+        return self.decoder.memory(self.encoder(history, key_limits))
+
+    def _level_logits(self, hidden: Tensor, level: int) -> Tensor:
+        """hidden [..., dim] -> float32 logits [..., V_level]."""
+        start = sum(self.level_sizes[:level])
+        return F.linear(hidden, self.head.weight[start : start + self.level_sizes[level]]).float()
+
+    def _target_view(self, batch: TokenizedSeqBatch) -> MemoryView:
+        """Target i of a user sees the user token and the items before it."""
+        levels, targets = len(self.level_sizes), batch.targets
+        if not self.causal_encoder:
+            if targets.max_length != 1:
+                raise ValueError(
+                    "A bidirectional encoder takes one target a history: set "
+                    "EncoderDecoderRetrievalModel.causal_encoder = True or train.every_position = False."
+                )
+            return MemoryView(targets.offsets, 1)
+        items = batch.tokens.lengths // levels  # [B]
+        first = items - targets.lengths + 1  # items before the first target
+        rows = row_indices(targets.offsets, targets.values.shape[0])
+        limits = 1 + (first[rows] + targets.positions()) * levels  # [P]
+        return MemoryView(targets.offsets, targets.max_length, limits.repeat_interleave(levels))
+
+    def level_logits(self, batch: TokenizedSeqBatch, target_codes: Tensor) -> list[Tensor]:
+        """Logits of every level given the target's codes before it (teacher forcing).
+
+        Shape: target_codes [P, L'] -> L' tensors [P, V_level] float32.
+        """
+        before = self.code_embedder(target_codes[:, :-1])  # [P, L'-1, dim]
+        start = self.start.expand(len(before), 1, -1).to(before.dtype)
+        view = self._target_view(batch)
+        hidden, _ = self.decoder(torch.cat([start, before], 1), self.memory(batch), view)  # [P, L', dim]
+        return [self._level_logits(hidden[:, level], level) for level in range(len(self.level_sizes))]
+
+    def forward(self, batch: TokenizedSeqBatch, trie: Trie) -> RetrievalLoss:
+        """-log p(item), the sum over levels of the cross-entropy of its code (Rajput et al. 2023, section 3.2).
+
+        Each level's softmax runs over the codes that continue a real item, so p is a distribution over the
+        items of the trie and no capacity goes into learning which tuples exist.
+        """
+        items = batch.targets.values
+        codes, nodes = trie.item_codes[items], trie.item_nodes[items]  # [P, L'], [P, L'+1]
+        losses = []
+        for level, logits in enumerate(self.level_logits(batch, codes)):
+            log_probs, _, _ = trie.log_probs(logits, level, nodes[:, level])  # [P, fanout]
+            child = nodes[:, level + 1] - trie.first_child[level][nodes[:, level]]
+            losses.append(F.nll_loss(log_probs, child))
+        level_losses = torch.stack(losses)
+        return RetrievalLoss(level_losses.sum(), level_losses)
+
+    def next_code(
+        self, codes: Tensor | None, level: int, memory: list[KeyValue], cache: list[KeyValueCache] | None
+    ) -> tuple[Tensor, list[KeyValueCache]]:
+        """Logits of the codes of `level`, one step of generation.
+
+        codes: [B, K] of the level before, None at level 0 (K = 1); cache: what the step before returned, keys
+        and values [B * K, level, H, D].
+        Returns logits [B, K, V_level] float32 and the new cache.
+        """
+        batch, beams = memory[0].keys.batch_size, 1 if codes is None else codes.shape[1]
+        if codes is None:
+            x = self.start.expand(batch, 1, -1)
+        else:
+            x = self.code_embedder(codes.view(-1, 1), level - 1)  # [B * K, 1, dim]
+        view = MemoryView(torch.arange(batch + 1, device=x.device) * beams, beams)
+        hidden, cache = self.decoder(x, memory, view, cache)
+        logits = self._level_logits(hidden[:, 0], level).unflatten(0, (batch, beams))
+        return logits, cache
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `model.safetensors` into the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> "EncoderDecoderRetrievalModel":
+        """Reads what `save_pretrained` wrote, in evaluation mode."""
+        folder = Path(folder)
+        config = json.loads((folder / "config.json").read_text())
+        model = EncoderDecoderRetrievalModel(**config)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.eval()

@@ -1,0 +1,138 @@
+"""Semantic IDs of a catalogue: the only thing the second stage takes from the first."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.strings import pack_strings, unpack_strings
+
+FORMAT = "semantic-ids-1"
+
+
+@dataclass(frozen=True)
+class SemanticIds:
+    """Unique code tuples of N items.
+
+    codes: [N, L+1] int64; the last level tells apart items that share their first L codes.
+    level_sizes: number of codes of each of the L+1 levels.
+    item_keys: [N] raw item ids, in the order of the rows.
+    corpus_name, corpus_hash: the corpus whose items these are. tokenizer: what produced the codes.
+    """
+
+    codes: Tensor
+    level_sizes: tuple[int, ...]
+    item_keys: list[str]
+    corpus_name: str
+    corpus_hash: str
+    tokenizer: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.codes.shape != (len(self.item_keys), len(self.level_sizes)):
+            raise ValueError(
+                f"Semantic IDs have shape {tuple(self.codes.shape)}; there are {len(self.item_keys)} items "
+                f"and {len(self.level_sizes)} levels."
+            )
+        sizes = torch.tensor(self.level_sizes)
+        if bool(((self.codes < 0) | (self.codes >= sizes)).any()):
+            raise ValueError(f"A code is outside its level; the level sizes are {self.level_sizes}.")
+
+    @property
+    def n_items(self) -> int:
+        return self.codes.shape[0]
+
+    @staticmethod
+    def from_codes(
+        codes: Tensor,
+        codebook_size: int,
+        item_keys: list[str],
+        corpus_name: str,
+        corpus_hash: str,
+        tokenizer: dict,
+    ) -> "SemanticIds":
+        """Makes codes [N, L] unique with a last level: the item's rank among those with its codes, by item id."""
+        rank = rank_within_equal(codes)
+        last = int(rank.max()) + 1
+        unique = torch.cat([codes.long(), rank[:, None]], 1)
+        sizes = (codebook_size,) * codes.shape[1] + (last,)
+        return SemanticIds(unique, sizes, item_keys, corpus_name, corpus_hash, tokenizer)
+
+    def check_corpus(self, corpus_name: str, corpus_hash: str) -> None:
+        """ValueError that names both sides where these IDs belong to another corpus."""
+        if corpus_hash != self.corpus_hash:
+            raise ValueError(
+                f"The semantic IDs were made for corpus '{self.corpus_name}' ({self.corpus_hash}), the data is corpus "
+                f"'{corpus_name}' ({corpus_hash}). Train a tokenizer on this corpus with train_rqvae.py, or point "
+                f"train.pretrained_rqvae_path at the one that belongs to it."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file."""
+        data, offsets = pack_strings(self.item_keys)
+        metadata = {
+            "format": FORMAT,
+            "level_sizes": json.dumps(self.level_sizes),
+            "corpus_name": self.corpus_name,
+            "corpus_hash": self.corpus_hash,
+            "tokenizer": json.dumps(self.tokenizer),
+        }
+        tensors = {"codes": self.codes.to(torch.int32).contiguous(), "key_data": data, "key_offsets": offsets}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata)
+
+    @staticmethod
+    def load(path: str | Path) -> "SemanticIds":
+        """path: the file, or a tokenizer or run folder that holds it.
+
+        FileNotFoundError where there is none, ValueError where it is damaged; both name the path.
+        """
+        file = _find(Path(path))
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{file} holds no semantic IDs of format {FORMAT}. Run train_rqvae.py again.")
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}). Run train_rqvae.py again to write it anew.") from error
+        return SemanticIds(
+            tensors["codes"].long(),
+            tuple(json.loads(metadata["level_sizes"])),
+            unpack_strings(tensors["key_data"], tensors["key_offsets"]),
+            metadata["corpus_name"],
+            metadata["corpus_hash"],
+            json.loads(metadata["tokenizer"]),
+        )
+
+
+def _find(path: Path) -> Path:
+    candidates = [path] if path.is_file() else [path / name for name in ("", "tokenizer")]
+    for candidate in candidates:
+        file = candidate if candidate.is_file() else candidate / "semantic_ids.safetensors"
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"No semantic IDs at '{path}': expected a file, or a folder with semantic_ids.safetensors or "
+        "tokenizer/semantic_ids.safetensors. Train a tokenizer first (train_rqvae.py) or correct "
+        "train.pretrained_rqvae_path."
+    )
+
+
+def rank_within_equal(codes: Tensor) -> Tensor:
+    """For each row, how many earlier rows equal it. Shape: codes [N, L] -> [N] int64.
+
+    One stable sort per level, no comparison of pairs.
+    """
+    order = torch.arange(len(codes))
+    for level in reversed(range(codes.shape[1])):
+        order = order[codes[order, level].argsort(stable=True)]
+    ordered = codes[order]
+    opens = torch.ones(len(codes), dtype=torch.bool)
+    opens[1:] = (ordered[1:] != ordered[:-1]).any(1)
+    position = torch.arange(len(codes))
+    group_start = torch.where(opens, position, 0).cummax(0).values
+    return torch.empty_like(order).index_copy(0, order, position - group_start)

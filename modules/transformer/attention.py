@@ -1,0 +1,66 @@
+"""Multi-head attention over jagged rows, and T5's relative-position bias."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ops.jagged import JaggedTensor, jagged_attention
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """What attention looks at: keys, values [T, H, D] with the same rows."""
+
+    keys: JaggedTensor
+    values: Tensor
+
+
+class RelativePositionBias(nn.Module):
+    """A learned number per head and bucket of distances (Raffel et al. 2020, section 2.1), both directions.
+
+    Half of the buckets serve each direction; of those, half hold one distance each, the rest grow
+    logarithmically up to `max_distance`, beyond which all distances share the last.
+    """
+
+    def __init__(self, n_heads: int, n_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__()
+        self.table = nn.Embedding(n_buckets, n_heads)
+        distance = torch.arange(-max_distance, max_distance + 1)  # key - query
+        half = n_buckets // 2
+        exact = half // 2
+        magnitude = distance.abs()
+        growth = torch.log(magnitude.clamp_min(1) / exact) / math.log(max_distance / exact)
+        logarithmic = (exact + (growth * (half - exact)).long()).clamp_max(half - 1)
+        bucket = torch.where(magnitude < exact, magnitude, logarithmic) + half * (distance > 0)
+        self.register_buffer("bucket", bucket, persistent=False)
+
+    def forward(self) -> Tensor:
+        """[H, 2 * max_distance + 1]: the bias by distance."""
+        return self.table(self.bucket).T
+
+
+class Attention(nn.Module):
+    """n_heads heads of head_dim; projections without bias."""
+
+    def __init__(self, dim: int, n_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim = n_heads, head_dim
+        self.query = nn.Linear(dim, n_heads * head_dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * n_heads * head_dim, bias=False)
+        self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
+
+    def key_values(self, x: JaggedTensor) -> KeyValue:
+        """x [T, dim]."""
+        keys, values = self.key_value(x.values).view(-1, 2, self.n_heads, self.head_dim).unbind(1)
+        return KeyValue(x.with_values(keys), values)
+
+    def forward(
+        self, x: JaggedTensor, memory: KeyValue, bias: Tensor | None = None, key_limits: Tensor | None = None
+    ) -> Tensor:
+        """x [T, dim], bias [H, 2R+1], key_limits [T] -> [T, dim]; see `ops.jagged.jagged_attention`."""
+        query = x.with_values(self.query(x.values).view(-1, self.n_heads, self.head_dim))
+        scale = self.head_dim**-0.5
+        attended = jagged_attention(query, memory.keys, memory.values, bias, key_limits, scale)
+        return self.out(attended.values.flatten(1))
