@@ -39,7 +39,7 @@ class CoOccurrenceSvd:
         return hashlib.sha256(corpus.hash.encode() + train_lengths.numpy().tobytes()).hexdigest()[:16]
 
     def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
-        """[N, dim] float32. ValueError where dim is more than the number of items allows."""
+        """[N, dim] float32. ValueError where dim is more than the number of items allows, or nothing co-occurs."""
         from scipy.sparse.linalg import svds
 
         if not 1 <= self.dim < corpus.n_items:
@@ -53,6 +53,8 @@ class CoOccurrenceSvd:
         counts = counts.tocoo()
         ratio = counts.data * smoothed.sum() / (occurs[counts.row] * smoothed[counts.col])
         counts.data = np.maximum(np.log(ratio), 0)
+        if not counts.data.any():
+            raise ValueError(f"{self.identity} finds no items in the training data that go together")
         left, singular, _ = svds(counts.tocsr(), self.dim, v0=np.ones(corpus.n_items), return_singular_vectors="u")
         values = left * np.sqrt(singular)
         values /= np.linalg.norm(values, axis=1, keepdims=True).clip(min=1e-9)

@@ -27,6 +27,7 @@ class SequenceSource:
         device: torch.device,
         every_position: bool = False,
     ) -> None:
+        self.interactions = interactions
         self.samples = samples
         self.max_items = max_items
         self.device = device
@@ -37,15 +38,24 @@ class SequenceSource:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> SeqBatch:
+    def n_targets(self, index: Tensor, uniform: Tensor | None = None) -> int:
+        """How many targets `batch` of the same arguments has."""
+        if not self.every_position:
+            return len(index)
+        return int(self._position(index, uniform).clamp_max(self.max_items).sum())
+
+    def _position(self, index: Tensor, uniform: Tensor | None) -> Tensor:
+        position = self.samples.position[index]
+        if uniform is None:
+            return position
+        return position + (uniform * (self.samples.slack[index] + 1)).long()
+
+    def batch(self, index: Tensor, uniform: Tensor | None = None) -> SeqBatch:
         """index: [B] int64, of samples, on the CPU: their lengths are known to the host without a sync.
 
-        generator: draws how far each position moves within its slack; None leaves all where they are.
+        uniform: [B] float64 in [0, 1), how far each position moves within its slack; None leaves all in place.
         """
-        position = self.samples.position[index]
-        if generator is not None:
-            moves = torch.rand(len(index), generator=generator) * (self.samples.slack[index] + 1)
-            position = position + moves.long()
+        position = self._position(index, uniform)
         lengths = position.clamp_max(self.max_items)
         offsets = lengths_to_offsets(lengths)
         total = int(offsets[-1])
@@ -67,38 +77,33 @@ class SequenceSource:
 
 
 class Shuffler:
-    """Which samples make batch number `step`, as a pure function of (seed, step, rank, world_size).
+    """Which samples make the global batch of a step, as a pure function of (seed, step).
 
-    n: samples. An epoch is a permutation of them cut into global batches; what fills no global batch is left
-    out (and comes in another epoch). Process `rank` of `world_size` takes its share of each global batch of
-    `batch_size`, which is thereby the same for any number of processes.
+    n: samples. An epoch is a permutation of them cut into batches of `batch_size` (n, if that is less); what
+    fills no batch is left out, and comes in another epoch.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        if batch_size % world_size:
-            raise ValueError(f"A global batch of {batch_size} does not split over {world_size} processes.")
-        if n < world_size:
-            raise ValueError(f"{n} training samples are too few for {world_size} processes.")
-        self.n, self.seed, self.rank, self.world_size = n, seed, rank, world_size
-        self.batch_size = min(batch_size, n - n % world_size)
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        if n < 1 or batch_size < 1:
+            raise ValueError(f"Cannot draw batches of {batch_size} from {n} training samples.")
+        self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
         self._epoch, self._order = -1, torch.empty(0)
 
-    def index(self, step: int) -> Tensor:
-        """[batch_size / world_size] int64, on the CPU."""
+    def draw(self, step: int) -> tuple[Tensor, Tensor]:
+        """Sample numbers [B] int64 and a uniform number in [0, 1) for each [B] float64, on the CPU."""
         epoch, place = divmod(step, self.n // self.batch_size)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, torch.randperm(self.n, generator=self._seeded(0, epoch))
-        share = self.batch_size // self.world_size
-        start = place * self.batch_size + self.rank * share
-        return self._order[start : start + share]
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
+            self._epoch, self._order = epoch, torch.randperm(self.n, generator=generator)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", step))
+        uniform = torch.rand(self.batch_size, dtype=torch.float64, generator=generator)
+        return self._order[place * self.batch_size : (place + 1) * self.batch_size], uniform
 
-    def generator(self, step: int) -> torch.Generator:
-        """A CPU generator for whatever else batch number `step` draws."""
-        return self._seeded(1 + self.rank, step)
 
-    def _seeded(self, stream: int, number: int) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed} {stream} {number}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+def derive_seed(*parts: int | str) -> int:
+    """A seed that depends on all parts; streams with different parts are independent."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "little")
 
 
 def tokenize(batch: SeqBatch, codes: Tensor) -> TokenizedSeqBatch:

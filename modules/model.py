@@ -35,7 +35,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
     The history enters as [user token, L' codes of the oldest item, ..., L' codes of the newest].
     causal_encoder: a history token sees only what came before it. One pass over a user's sequence then serves
     every prefix of it as a training example; a bidirectional encoder needs a pass per target.
-    user_buckets: vectors shared by all users' tokens.
+    user_buckets: vectors shared by all users' tokens. prefix_buckets: see `SemIdEmbedder`.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         decoder_layers: int = 4,
         dropout: float = 0.1,
         user_buckets: int = 2000,
+        prefix_buckets: int = 65536,
         causal_encoder: bool = True,
     ) -> None:
         super().__init__()
@@ -62,12 +63,13 @@ class EncoderDecoderRetrievalModel(nn.Module):
             "decoder_layers": decoder_layers,
             "dropout": dropout,
             "user_buckets": user_buckets,
+            "prefix_buckets": prefix_buckets,
             "causal_encoder": causal_encoder,
         }
         block = TransformerConfig(dim, ff_dim, n_heads, head_dim, dropout)
         self.level_sizes = tuple(level_sizes)
         self.causal_encoder = causal_encoder
-        self.code_embedder = SemIdEmbedder(self.level_sizes, dim)
+        self.code_embedder = SemIdEmbedder(self.level_sizes, dim, prefix_buckets)
         self.user_embedder = UserEmbedder(user_buckets, dim)
         self.start = nn.Parameter(torch.empty(dim))
         self.encoder = Encoder(block, encoder_layers)
@@ -81,6 +83,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=1.0)
+        if self.code_embedder.prefix_table is not None:
+            nn.init.zeros_(self.code_embedder.prefix_table.weight)
         nn.init.normal_(self.start, std=1.0)
         nn.init.zeros_(self.encoder.bias.table.weight)
 
@@ -141,19 +145,19 @@ class EncoderDecoderRetrievalModel(nn.Module):
         return RetrievalLoss(level_losses.sum(), level_losses)
 
     def next_code(
-        self, codes: Tensor | None, level: int, memory: list[KeyValue], cache: list[KeyValueCache] | None
+        self, codes: Tensor, memory: list[KeyValue], cache: list[KeyValueCache] | None
     ) -> tuple[Tensor, list[KeyValueCache]]:
-        """Logits of the codes of `level`, one step of generation.
+        """Logits of the next level's codes, one step of generation.
 
-        codes: [B, K] of the level before, None at level 0 (K = 1); cache: what the step before returned, keys
-        and values [B * K, level, H, D].
+        codes: [B, K, level], the prefix of each beam; K = 1 at level 0. cache: what the step before returned,
+        keys and values [B * K, level, H, D].
         Returns logits [B, K, V_level] float32 and the new cache.
         """
-        batch, beams = memory[0].keys.batch_size, 1 if codes is None else codes.shape[1]
-        if codes is None:
+        batch, beams, level = codes.shape
+        if level == 0:
             x = self.start.expand(batch, 1, -1)
         else:
-            x = self.code_embedder(codes.view(-1, 1), level - 1)  # [B * K, 1, dim]
+            x = self.code_embedder(codes.view(batch * beams, level))[:, -1:]  # [B * K, 1, dim]
         view = MemoryView(torch.arange(batch + 1, device=x.device) * beams, beams)
         hidden, cache = self.decoder(x, memory, view, cache)
         logits = self._level_logits(hidden[:, 0], level).unflatten(0, (batch, beams))

@@ -55,7 +55,7 @@ def rotation_trick(x: Tensor, embedding: Tensor) -> Tensor:
         target = embedding.detach()
     rotated = scale * (x - 2 * r * (r * x).sum(-1, keepdim=True) + 2 * q * (u * x).sum(-1, keepdim=True))
     passed = torch.where(defined, rotated, x)
-    return passed + (target - passed).detach()  # the value is exactly the code's
+    return target + (passed - passed.detach())  # the value is exactly the code's: the bracket is zero
 
 
 class Quantize(nn.Module):
@@ -92,4 +92,4 @@ class Quantize(nn.Module):
         loss = quantize_loss(x, hard, self.commitment_weight)
         if self.mode is QuantizeMode.ROTATION_TRICK:
             return Quantized(ids, rotation_trick(x, hard), loss)
-        return Quantized(ids, x + (hard - x).detach(), loss)
+        return Quantized(ids, hard.detach() + (x - x.detach()), loss)

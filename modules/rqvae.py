@@ -99,14 +99,22 @@ class RqVae(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, generator: torch.Generator) -> None:
-        """Fits what is fitted before training: the standardization, and the codebooks by residual k-means.
+        """Fits what is fitted before training: the standardization, and the codebooks.
 
         x: [N, input_dim], a sample of the features, at least codebook_size rows. generator: on the device of x.
         """
         if self.standardize is not None:
             self.standardize.fit(x[:, : len(self.standardize.mean)], self.config["standardize"] == "column")
-        if not self.config["codebook_kmeans_init"]:
-            return
+        if self.config["codebook_kmeans_init"]:
+            self.fit_codebooks(x, generator)
+
+    @torch.no_grad()
+    def fit_codebooks(self, x: Tensor, generator: torch.Generator) -> None:
+        """Replaces each level's codebook by the k-means centroids of its residuals. Arguments as of `initialize`.
+
+        Gradient steps move a code only while it is chosen, so codes die as the encoder moves away from them;
+        k-means leaves none unused, and minimizes the same squared distance.
+        """
         residual = self.encode(x)
         for layer in self.layers:
             clusters = kmeans(residual, self.config["codebook_size"], generator)

@@ -64,11 +64,12 @@ def jagged_attention(
     scale: float = 1.0,
 ) -> Tensor:
     """Attention within rows, computed on padded rows. See `ops.jagged.jagged_attention` for the contract."""
+    max_key = max(max_key, 1)  # so that the scores have a maximum where all rows are empty
     q = jagged_to_padded(query, query_offsets, max_query).transpose(1, 2)  # [B, H, Mq, D]
     k = jagged_to_padded(key, key_offsets, max_key).transpose(1, 2)  # [B, H, Mk, D]
     v = jagged_to_padded(value, key_offsets, max_key).transpose(1, 2)
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(accumulate) * scale  # [B, H, Mq, Mk]
+    scores = q.to(accumulate) @ k.transpose(-1, -2).to(accumulate) * scale  # [B, H, Mq, Mk]
     if bias is not None:
         scores = scores + _bias_matrix(bias.to(accumulate), max_query, max_key)
     lengths = key_offsets.diff()[:, None]  # [B, 1]

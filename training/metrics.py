@@ -1,7 +1,5 @@
 """Metrics of retrieval and of codebooks."""
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,6 @@ def target_rank(items: Tensor, target: Tensor) -> Tensor:
     return torch.where(hits.any(1), hits.int().argmax(1), items.shape[1])
 
 
-@dataclass
 class RankingMetrics:
     """Recall@K and NDCG@K over single-target rankings, accumulated as exact counts per rank.
 
@@ -23,20 +20,23 @@ class RankingMetrics:
     first K, else 0 (one relevant item, so the ideal DCG is 1; Jarvelin and Kekalainen 2002).
     """
 
-    ks: tuple[int, ...] = (1, 5, 10)
-    counts: Tensor | None = field(default=None, repr=False)  # [max K + 1], the last: missing
+    def __init__(self, ks: tuple[int, ...], device: torch.device | str = "cpu") -> None:
+        self.ks = ks
+        self.counts = torch.zeros(max(ks) + 1, dtype=torch.int64, device=device)  # per rank; the last: missing
 
     def update(self, items: Tensor, target: Tensor) -> None:
-        """items [B, K >= max(ks) unless the catalogue is smaller], target [B]."""
-        rank = target_rank(items[:, : max(self.ks)], target)
-        rank = torch.where(rank < items.shape[1], rank, max(self.ks))
-        counts = torch.bincount(rank, minlength=max(self.ks) + 1)
-        self.counts = counts if self.counts is None else self.counts + counts
+        """items [B, K], best first, -1 for none; target [B]."""
+        depth = len(self.counts) - 1
+        rank = target_rank(items[:, :depth], target)
+        rank = torch.where(rank < min(depth, items.shape[1]), rank, depth)
+        self.counts += torch.bincount(rank, minlength=depth + 1)
 
     def compute(self) -> dict[str, float]:
-        """{"recall@5": .., "ndcg@5": .., ...}."""
+        """{"recall@5": .., "ndcg@5": .., ...}. ValueError where nothing was added."""
         counts = self.counts.double().cpu()
-        gains = 1 / torch.log2(torch.arange(max(self.ks), dtype=torch.float64) + 2)
+        if counts.sum() == 0:
+            raise ValueError("No samples to evaluate: the split is empty.")
+        gains = 1 / torch.log2(torch.arange(len(counts) - 1, dtype=torch.float64) + 2)
         result = {}
         for k in self.ks:
             result[f"recall@{k}"] = float(counts[:k].sum() / counts.sum())

@@ -20,15 +20,19 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
     memory = model.memory(batch)
     nodes = torch.zeros(users, 1, dtype=torch.int64, device=device)
     scores = torch.zeros(users, 1, device=device)
-    codes, cache = None, None
+    codes = torch.zeros(users, 1, 0, dtype=torch.int64, device=device)
+    cache = None
     for level in range(trie.n_levels):
-        logits, cache = model.next_code(codes, level, memory, cache)  # [B, K, V]
+        logits, cache = model.next_code(codes, memory, cache)  # [B, K, V]
         log_probs, child, code = trie.log_probs(logits, level, nodes)  # [B, K, fanout]
         total = (scores[..., None] + log_probs).flatten(1)  # [B, K * fanout]
         kept = min(beams, total.shape[1], len(trie.code[level]))
         scores, best = total.topk(kept, dim=1)  # sorted, best first
-        nodes, codes = child.flatten(1).gather(1, best), code.flatten(1).gather(1, best)
-        parent = best // trie.fanout[level] + torch.arange(users, device=device)[:, None] * logits.shape[1]
-        cache = [(keys[parent.flatten()], values[parent.flatten()]) for keys, values in cache]
+        parent = best // trie.fanout[level]  # [B, kept]
+        nodes = child.flatten(1).gather(1, best)
+        before = codes.gather(1, parent[..., None].expand(-1, -1, level))
+        codes = torch.cat([before, code.flatten(1).gather(1, best)[..., None]], -1)
+        rows = (parent + torch.arange(users, device=device)[:, None] * logits.shape[1]).flatten()
+        cache = [(keys[rows], values[rows]) for keys, values in cache]
     items = trie.leaf_items[nodes].masked_fill(scores == float("-inf"), -1)
     return RankedItems(items, scores)

@@ -95,18 +95,20 @@ class SemanticIds:
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{file} holds no semantic IDs of format {FORMAT}. Run train_rqvae.py again.")
+                    raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}). Run train_rqvae.py again to write it anew.") from error
-        return SemanticIds(
-            tensors["codes"].long(),
-            tuple(json.loads(metadata["level_sizes"])),
-            unpack_strings(tensors["key_data"], tensors["key_offsets"]),
-            metadata["corpus_name"],
-            metadata["corpus_hash"],
-            json.loads(metadata["tokenizer"]),
-        )
+            return SemanticIds(
+                tensors["codes"].long(),
+                tuple(json.loads(metadata["level_sizes"])),
+                unpack_strings(tensors["key_data"], tensors["key_offsets"]),
+                metadata["corpus_name"],
+                metadata["corpus_hash"],
+                json.loads(metadata["tokenizer"]),
+            )
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{file} holds no usable semantic IDs ({error}). Run train_rqvae.py again to write it anew."
+            ) from error
 
 
 def _find(path: Path) -> Path:

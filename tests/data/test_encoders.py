@@ -44,7 +44,7 @@ def tfidf_by_hand(texts: list[str], min_df: int) -> np.ndarray:
 
 
 def test_tfidf_svd_is_the_projection_on_the_leading_singular_vectors():
-    values = TfidfSvd(dim=3, ngrams=2, min_df=2)(TEXTS)
+    values = TfidfSvd(dim=3, ngrams=2, min_df=2).encode(TEXTS)
     assert values.shape == (7, 3) and values.dtype == np.float32
     left, singular, _ = np.linalg.svd(tfidf_by_hand(TEXTS, min_df=2), full_matrices=False)
     expected = left[:, :3] * singular[:3]
@@ -55,33 +55,33 @@ def test_tfidf_svd_is_the_projection_on_the_leading_singular_vectors():
 
 def test_what_the_components_do_not_see_is_zero_and_not_amplified_rounding_error():
     texts = ["red ball"] * 5 + ["blue chess"] * 2
-    values = TfidfSvd(dim=1)(texts)
+    values = TfidfSvd(dim=1).encode(texts)
     np.testing.assert_allclose(np.abs(values[:, 0]), [1, 1, 1, 1, 1, 0, 0], atol=1e-6)
 
 
 def test_tfidf_svd_is_deterministic(tmp_path):
     texts = load_corpus(RecDataset.SAMPLE, str(tmp_path)).texts()[:800]
     encoder = TfidfSvd(dim=32)
-    values = encoder(texts)
-    assert np.array_equal(values, encoder(texts))
+    values = encoder.encode(texts)
+    assert np.array_equal(values, encoder.encode(texts))
     with threadpool_limits(1):
-        np.testing.assert_allclose(encoder(texts), values, atol=1e-6)
+        np.testing.assert_allclose(encoder.encode(texts), values, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(values, axis=1)[values.any(axis=1)], 1, atol=1e-6)
 
 
 def test_the_largest_dim_is_named_and_works():
     with pytest.raises(ValueError, match=r"TfidfSvd.dim = 256 .*the largest possible value is (\d+)") as raised:
-        TfidfSvd()(TEXTS)
+        TfidfSvd().encode(TEXTS)
     largest = int(str(raised.value).rpartition(" ")[2])
-    assert TfidfSvd(dim=largest)(TEXTS).shape == (7, largest)
+    assert TfidfSvd(dim=largest).encode(TEXTS).shape == (7, largest)
     for dim in (largest + 1, 0):
         with pytest.raises(ValueError, match=f"the largest possible value is {largest}"):
-            TfidfSvd(dim=dim)(TEXTS)
+            TfidfSvd(dim=dim).encode(TEXTS)
 
 
 def test_texts_without_terms_are_refused():
     with pytest.raises(ValueError, match="finds no terms in 2 texts"):
-        TfidfSvd(dim=1)(["one", "two"])
+        TfidfSvd(dim=1).encode(["one", "two"])
 
 
 def test_the_identity_holds_every_parameter_and_gin_sets_them():
@@ -121,7 +121,7 @@ def test_sentence_encoder_pools_what_the_transformer_says(model_folder):
     from transformers import AutoModel, AutoTokenizer
 
     encoder = SentenceEncoder(str(model_folder / "whole"), batch_size=2, device="cpu")
-    values = encoder(TEXTS)
+    values = encoder.encode(TEXTS)
     assert values.shape == (7, 8) and values.dtype == np.float32
     tokenizer, bert = (cls.from_pretrained(model_folder / "bert") for cls in (AutoTokenizer, AutoModel))
     for text, row in zip(TEXTS, values, strict=True):
@@ -156,5 +156,5 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_error(monkeypatch, model):
     if model == "some/model":
         monkeypatch.setattr(sentence_transformers, "SentenceTransformer", offline)
     with pytest.raises(ValueError, match="TfidfSvd") as raised:
-        SentenceEncoder(model)(TEXTS)
+        SentenceEncoder(model).encode(TEXTS)
     assert repr(model) in str(raised.value) and "path of a downloaded model" in str(raised.value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.corpus import Corpus
-from data.features import TfidfSvd, item_features
+from data.features import FeatureSource, ItemFeatures, TextEncoder, TfidfSvd, item_features
 from data.processed import RecDataset, load_corpus
 from data.schemas import Interactions
 
@@ -31,15 +31,20 @@ def make(texts: list[str] = TEXTS, categories: list[list[str]] | None = None, na
     return Corpus.build(name, interactions, keys, ["u"], texts, categories or [[] for _ in texts])
 
 
+def compute(corpus: Corpus, sources: list[FeatureSource], folder: Path, **options) -> ItemFeatures:
+    train_lengths = corpus.interactions.offsets.diff()
+    return item_features(corpus, sources, str(folder), train_lengths, **options)
+
+
 @dataclass
-class Lengths:
-    """An encoder that counts its calls."""
+class Lengths(TextEncoder):
+    """A text encoder that counts its calls."""
 
     identity: str = "lengths"
     output: np.ndarray | None = None
     calls: list[list[str]] = field(default_factory=list)
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
+    def encode(self, texts: list[str]) -> np.ndarray:
         self.calls.append(texts)
         if self.output is not None:
             return self.output
@@ -48,62 +53,116 @@ class Lengths:
 
 def test_features_are_encoded_once_and_memory_mapped(tmp_path):
     encoder = Lengths()
-    first = item_features(make(), encoder, str(tmp_path))
-    second = item_features(make(), encoder, str(tmp_path))
+    first = compute(make(), [encoder], tmp_path)
+    second = compute(make(), [encoder], tmp_path)
     assert encoder.calls == [TEXTS]
     assert isinstance(second.values, np.memmap) and second.values.dtype == np.float32
     assert (second.n_cat_features, second.identity) == (0, "lengths")
     np.testing.assert_array_equal(first.values, [[len(text), text.count(" ")] for text in TEXTS])
     np.testing.assert_array_equal(second.values, first.values)
-    item_features(make(), encoder, str(tmp_path), force=True)
+    compute(make(), [encoder], tmp_path, force=True)
     assert len(encoder.calls) == 2
-    files = list((tmp_path / "processed/tiny/features").iterdir())
+    files = list((tmp_path / "features/tiny").iterdir())
     assert [re.fullmatch(r"lengths-[0-9a-f]{16}\.npy", path.name) is not None for path in files] == [True]
 
 
+def test_a_corpus_that_is_built_again_keeps_its_features(tmp_path):
+    encoder = Lengths()
+    for _ in range(2):
+        corpus = make()
+        corpus.save(tmp_path / "processed/tiny")
+        compute(corpus, [encoder], tmp_path)
+    assert len(encoder.calls) == 1
+
+
 def test_torch_takes_the_values_and_the_file_stays_as_it_is(tmp_path, recwarn):
-    values = item_features(make(), Lengths(), str(tmp_path)).values
+    values = compute(make(), [Lengths()], tmp_path).values
     tensor = torch.from_numpy(values)
     tensor.zero_()
     assert not recwarn.list
-    assert item_features(make(), Lengths(), str(tmp_path)).values[0, 0] == len(TEXTS[0])
+    assert compute(make(), [Lengths()], tmp_path).values[0, 0] == len(TEXTS[0])
 
 
 def test_other_texts_or_another_encoder_are_not_served_the_old_features(tmp_path):
-    item_features(make(), Lengths(), str(tmp_path))
-    other = item_features(make(["longer " + text for text in TEXTS]), Lengths(), str(tmp_path))
+    compute(make(), [Lengths()], tmp_path)
+    other = compute(make(["longer " + text for text in TEXTS]), [Lengths()], tmp_path)
     assert other.values[0, 0] == len(TEXTS[0]) + 7
     encoder = Lengths("Lengths of/another kind")
-    item_features(make(), encoder, str(tmp_path))
+    compute(make(), [encoder], tmp_path)
     assert len(encoder.calls) == 1
-    names = sorted(path.name for path in (tmp_path / "processed/tiny/features").iterdir())
+    names = sorted(path.name for path in (tmp_path / "features/tiny").iterdir())
     assert len(names) == 3 and names[-1].startswith("lengths-of-another-kind-")
+
+
+@dataclass
+class Lookup:
+    """A source that records what it is called with."""
+
+    identity: str
+    output: np.ndarray
+    calls: list[tuple[Corpus, torch.Tensor]] = field(default_factory=list)
+
+    def content(self, corpus: Corpus, train_lengths: torch.Tensor) -> str:
+        return f"{corpus.hash} {train_lengths.tolist()}"
+
+    def __call__(self, corpus: Corpus, train_lengths: torch.Tensor) -> np.ndarray:
+        self.calls.append((corpus, train_lengths))
+        return self.output
+
+
+def test_a_source_gets_the_corpus_and_the_training_lengths(tmp_path):
+    corpus, source = make(), Lookup("lookup", np.ones((7, 2)))
+    for lengths in ([1], [1], [0]):  # other lengths are other content: computed anew
+        item_features(corpus, [source], str(tmp_path), torch.tensor(lengths))
+    assert [(called is corpus, lengths.tolist()) for called, lengths in source.calls] == [(True, [1]), (True, [0])]
+
+
+def test_several_sources_stand_side_by_side_with_equal_total_variance(tmp_path):
+    generator = np.random.default_rng(0)
+    loud, quiet = 100 * generator.normal(size=(7, 3)) + 5, 0.01 * generator.normal(size=(7, 2))
+    constant = np.full((7, 1), 3)
+    sources = [Lookup("loud", loud), Lookup("quiet", quiet), Lookup("constant", constant)]
+    groups = [["b", "a"], [], ["c"], ["a"], ["b", "b"], ["Z"], []]
+    built = compute(make(categories=groups), sources, tmp_path, categories=True)
+    assert built.identity == "loud + quiet + constant + 4 categories" and built.n_cat_features == 4
+    assert built.values.shape == (7, 3 + 2 + 1 + 4) and np.isfinite(built.values).all()
+    for block, source in ((built.values[:, :3], loud), (built.values[:, 3:5], quiet)):
+        assert np.trace(np.cov(block.T, bias=True)) == pytest.approx(1, rel=1e-5)
+        np.testing.assert_allclose(block / block[0, 0], source / source[0, 0], rtol=1e-4)  # one number for all
+    assert np.ptp(built.values[:, 5]) == 0
+    assert set(np.unique(built.values[:, 6:])) == {0, 1}, "categories are not scaled"
+    np.testing.assert_array_equal(compute(make(), sources[:1], tmp_path).values, loud.astype(np.float32))
+
+
+def test_no_source_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train.features is empty"):
+        compute(make(), [], tmp_path)
 
 
 def test_categories_are_trailing_columns_sorted_by_name(tmp_path):
     groups = [["b", "a"], [], ["c"], ["a"], ["b", "b"], ["Z"], []]
     for _ in range(2):
-        features = item_features(make(categories=groups), Lengths(), str(tmp_path), categories=True)
+        features = compute(make(categories=groups), [Lengths()], tmp_path, categories=True)
         assert features.values.shape == (7, 2 + 4) and features.values.dtype == np.float32
         assert features.n_cat_features == 4
         expected = [[name in group for name in ("Z", "a", "b", "c")] for group in groups]
         np.testing.assert_array_equal(features.values[:, 2:], expected)
         np.testing.assert_array_equal(features.values[:, 0], [len(text) for text in TEXTS])
     changed = make(categories=[["b"], *groups[1:]])
-    assert item_features(changed, Lengths(), str(tmp_path), categories=True).values[0, 3] == 0
-    plain = item_features(changed, Lengths(), str(tmp_path))
+    assert compute(changed, [Lengths()], tmp_path, categories=True).values[0, 3] == 0
+    plain = compute(changed, [Lengths()], tmp_path)
     assert plain.identity != features.identity and plain.values.shape == (7, 2)
 
 
 def test_no_categories_are_no_columns(tmp_path):
-    features = item_features(make(), Lengths(), str(tmp_path), categories=True)
+    features = compute(make(), [Lengths()], tmp_path, categories=True)
     assert features.n_cat_features == 0 and features.values.shape == (7, 2)
 
 
 def test_too_many_categories_are_refused(tmp_path):
     groups = [[f"c{n}" for n in range(513)], *([[]] * 6)]
     with pytest.raises(ValueError, match="tiny has 513 categories.*512"):
-        item_features(make(categories=groups), Lengths(), str(tmp_path), categories=True)
+        compute(make(categories=groups), [Lengths()], tmp_path, categories=True)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -111,14 +170,14 @@ def test_values_that_are_not_finite_are_refused_by_item(tmp_path, value):
     output = np.zeros((7, 2), dtype=np.float32)
     output[[5, 3], 1] = value
     with pytest.raises(ValueError, match=r"lengths: item 3 \('key3'\)"):
-        item_features(make(), Lengths(output=output), str(tmp_path))
-    assert not (tmp_path / "processed").exists()
+        compute(make(), [Lengths(output=output)], tmp_path)
+    assert not (tmp_path / "features").exists()
 
 
 @pytest.mark.parametrize("shape", [(6, 2), (7,), (7, 2, 1)])
 def test_outputs_of_another_shape_are_refused(tmp_path, shape):
-    with pytest.raises(ValueError, match=re.escape(f"lengths returned {shape} for 7 texts")):
-        item_features(make(), Lengths(output=np.zeros(shape)), str(tmp_path))
+    with pytest.raises(ValueError, match=re.escape(f"lengths returned {shape} for 7 items")):
+        compute(make(), [Lengths(output=np.zeros(shape))], tmp_path)
 
 
 def test_a_crash_while_writing_leaves_nothing(tmp_path, monkeypatch):
@@ -128,14 +187,14 @@ def test_a_crash_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", crash)
     with pytest.raises(OSError, match="disk full"):
-        item_features(make(), Lengths(), str(tmp_path))
-    assert not list((tmp_path / "processed/tiny/features").iterdir())
+        compute(make(), [Lengths()], tmp_path)
+    assert not list((tmp_path / "features/tiny").iterdir())
 
 
 @pytest.mark.parametrize("content", [b"", b"half", "cut", "other rows", "other dtype"])
 def test_a_damaged_cached_file_is_named(tmp_path, content):
-    item_features(make(), Lengths(), str(tmp_path))
-    (path,) = (tmp_path / "processed/tiny/features").iterdir()
+    compute(make(), [Lengths()], tmp_path)
+    (path,) = (tmp_path / "features/tiny").iterdir()
     if content == "cut":
         path.write_bytes(path.read_bytes()[:-4])
     elif content in ("other rows", "other dtype"):
@@ -143,13 +202,13 @@ def test_a_damaged_cached_file_is_named(tmp_path, content):
     else:
         path.write_bytes(content)
     with pytest.raises(ValueError, match="delete it") as raised:
-        item_features(make(), Lengths(), str(tmp_path))
+        compute(make(), [Lengths()], tmp_path)
     assert str(path) in str(raised.value)
 
 
 def test_cached_features_need_no_library_that_made_them(tmp_path):
     corpus = load_corpus(RecDataset.SAMPLE, str(tmp_path))
-    built = item_features(corpus, TfidfSvd(dim=4, ngrams=1, min_df=50), str(tmp_path), categories=True)
+    built = compute(corpus, [TfidfSvd(dim=4, ngrams=1, min_df=50)], tmp_path, categories=True)
     assert built.values.shape == (9742, 4 + 19) and built.n_cat_features == 19
     code = f"""
 import sys
@@ -159,7 +218,8 @@ from data.features import TfidfSvd, item_features
 from data.processed import RecDataset, load_corpus
 corpus = load_corpus(RecDataset.SAMPLE, {str(tmp_path)!r})
 encoder = TfidfSvd(dim=4, ngrams=1, min_df=50)
-print(item_features(corpus, encoder, {str(tmp_path)!r}, categories=True).values.sum(dtype="float64"))
+lengths = corpus.interactions.offsets.diff()
+print(item_features(corpus, [encoder], {str(tmp_path)!r}, lengths, categories=True).values.sum(dtype="float64"))
 """
     output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr

@@ -1,0 +1,95 @@
+"""Splits and windows against one Python loop per user."""
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.schemas import Interactions, Samples
+from data.splits import every_prefix, leave_one_out, windows
+from data.utils import SequenceSource
+
+lengths_strategy = st.lists(st.integers(1, 50), min_size=1, max_size=12)
+LARGEST = math.nextafter(1.0, 0.0)
+
+
+def make(lengths: list[int]) -> Interactions:
+    """Each interaction has an item of its own, so that an item tells its user and position."""
+    items = torch.arange(sum(lengths), dtype=torch.int32)
+    return Interactions(items, torch.tensor([0, *lengths]).cumsum(0))
+
+
+def pairs(samples: Samples) -> list[tuple[int, int]]:
+    return list(zip(samples.user.tolist(), samples.position.tolist(), strict=True))
+
+
+@settings(deadline=None, max_examples=25)
+@given(lengths_strategy)
+def test_leave_one_out_is_the_last_and_the_one_before(lengths):
+    splits = leave_one_out(make(lengths))
+    long = [user for user, length in enumerate(lengths) if length >= 3]
+    assert pairs(splits.valid) == [(user, lengths[user] - 2) for user in long]
+    assert pairs(splits.test) == [(user, lengths[user] - 1) for user in long]
+    assert splits.train_lengths.tolist() == [length - 2 if length >= 3 else length for length in lengths]
+    for samples in (splits.valid, splits.test):
+        assert samples.user.dtype == samples.position.dtype == samples.slack.dtype == torch.int64
+        assert samples.slack.tolist() == [0] * len(long)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=12))
+def test_every_prefix_is_each_training_position_but_the_first(train_lengths):
+    samples = every_prefix(torch.tensor(train_lengths))
+    expected = [(user, position) for user, length in enumerate(train_lengths) for position in range(1, length)]
+    assert pairs(samples) == expected and samples.slack.tolist() == [0] * len(expected)
+
+
+@settings(deadline=None, max_examples=25)
+@given(lengths_strategy, st.integers(1, 60))
+def test_windows_make_each_training_interaction_but_the_first_a_target_once(lengths, max_items):
+    interactions = make(lengths)
+    train_lengths = leave_one_out(interactions).train_lengths
+    samples = windows(train_lengths, max_items)
+    source = SequenceSource(interactions, samples, max_items, torch.device("cpu"), every_position=True)
+    targets = source.batch(torch.arange(len(source))).targets.values.tolist() if len(source) else []
+    offsets = interactions.offsets.tolist()
+    expected = [
+        offsets[user] + position for user, length in enumerate(train_lengths.tolist()) for position in range(1, length)
+    ]
+    assert sorted(targets) == expected
+    fewest = [math.ceil((length - 1) / max_items) for length in train_lengths.tolist()]
+    assert torch.bincount(samples.user, minlength=len(lengths)).tolist() == fewest
+
+
+@settings(deadline=None, max_examples=25)
+@given(lengths_strategy, st.integers(1, 60), st.data())
+def test_windows_slide_within_the_training_data_only(lengths, max_items, data):
+    interactions = make(lengths)
+    train_lengths = leave_one_out(interactions).train_lengths
+    samples = windows(train_lengths, max_items)
+    if len(samples) == 0:
+        assert max(train_lengths) == 1
+        return
+    source = SequenceSource(interactions, samples, max_items, torch.device("cpu"), every_position=True)
+    uniform = st.one_of(st.sampled_from([0.0, LARGEST]), st.floats(0, LARGEST))
+    uniform = data.draw(st.lists(uniform, min_size=len(samples), max_size=len(samples)))
+    batch = source.batch(torch.arange(len(samples)), torch.tensor(uniform, dtype=torch.float64))
+    starts = interactions.offsets.tolist()
+    for row, user in enumerate(samples.user.tolist()):
+        first, last = starts[user], starts[user] + int(train_lengths[user]) - 1
+        for rows in (batch.history, batch.targets):
+            values = rows.values[rows.offsets[row] : rows.offsets[row + 1]].tolist()
+            assert values and first <= min(values) and max(values) <= last
+
+
+def test_windows_slide_over_their_whole_slack():
+    interactions, max_items = make([21]), 5
+    samples = windows(torch.tensor([21]), max_items)
+    source = SequenceSource(interactions, samples, max_items, torch.device("cpu"))
+    cuts = []
+    for uniform in torch.arange(50, dtype=torch.float64) / 50:
+        index = torch.arange(len(samples))
+        cuts.append(source.batch(index, uniform.expand(len(samples))).targets.values.tolist())
+    seen = [sorted(set(column)) for column in zip(*cuts, strict=True)]
+    assert sorted(seen) == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19], [20]]

@@ -1,0 +1,151 @@
+"""Batches and shuffling against slicing Python lists."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.schemas import Interactions, SeqBatch
+from data.splits import every_prefix, leave_one_out, windows
+from data.utils import SequenceSource, Shuffler, derive_seed, tokenize
+from ops.jagged import JaggedTensor
+
+CPU = torch.device("cpu")
+users_strategy = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=50), min_size=1, max_size=8)
+
+
+def to_interactions(rows: list[list[int]]) -> Interactions:
+    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    return Interactions(torch.tensor([item for row in rows for item in row], dtype=torch.int32), offsets)
+
+
+def to_rows(jagged: JaggedTensor) -> list[list[int]]:
+    bounds = jagged.offsets.tolist()
+    assert bounds[0] == 0 and bounds[-1] == len(jagged.values)
+    rows = [jagged.values[start:end].tolist() for start, end in zip(bounds, bounds[1:], strict=False)]
+    assert max(map(len, rows)) <= jagged.max_length
+    return rows
+
+
+@settings(deadline=None, max_examples=25)
+@given(users_strategy, st.integers(1, 60), st.sampled_from(["every_prefix", "windows", "test"]), st.data())
+def test_a_batch_is_what_slicing_gives(rows, max_items, rule, data):
+    interactions = to_interactions(rows)
+    splits = leave_one_out(interactions)
+    samples = {
+        "every_prefix": every_prefix(splits.train_lengths),
+        "windows": windows(splits.train_lengths, max_items),
+        "test": splits.test,
+    }[rule]
+    if len(samples) == 0:
+        return
+    source = SequenceSource(interactions, samples, max_items, CPU)
+    index = data.draw(st.lists(st.integers(0, len(samples) - 1), min_size=1, max_size=9))
+    batch = source.batch(torch.tensor(index))
+    users = [int(samples.user[i]) for i in index]
+    positions = [int(samples.position[i]) for i in index]
+    assert source.n_targets(torch.tensor(index)) == len(index)
+    assert batch.user.tolist() == users and len(source) == len(samples)
+    histories = [rows[u][max(0, p - max_items) : p] for u, p in zip(users, positions, strict=True)]
+    assert to_rows(batch.history) == histories
+    assert to_rows(batch.targets) == [[rows[u][p]] for u, p in zip(users, positions, strict=True)]
+    assert batch.history.values.dtype == batch.targets.values.dtype == batch.user.dtype == torch.int64
+
+
+@settings(deadline=None, max_examples=25)
+@given(users_strategy, st.integers(1, 60), st.data())
+def test_every_position_is_the_target_of_what_came_before_it(rows, max_items, data):
+    """The contract of SeqBatch: target i of row b followed the first n_b - m_b + 1 + i items of the history."""
+    interactions = to_interactions(rows)
+    samples = windows(leave_one_out(interactions).train_lengths, max_items)
+    if len(samples) == 0:
+        return
+    uniform = data.draw(st.lists(st.floats(0, 0.999), min_size=len(samples), max_size=len(samples)))
+    uniform = torch.tensor(uniform, dtype=torch.float64)
+    index = torch.arange(len(samples))
+    source = SequenceSource(interactions, samples, max_items, CPU, every_position=True)
+    batch = source.batch(index, uniform)
+    last = SequenceSource(interactions, samples, max_items, CPU).batch(index, uniform)
+    assert to_rows(batch.history) == to_rows(last.history)
+    assert source.n_targets(index, uniform) == len(batch.targets.values)
+    for row, (history, targets, final) in enumerate(
+        zip(to_rows(batch.history), to_rows(batch.targets), to_rows(last.targets), strict=True)
+    ):
+        user = rows[int(samples.user[row])]
+        position = int(samples.position[row] + (uniform[row] * (samples.slack[row] + 1)).floor())
+        seen = len(history) - len(targets) + 1
+        assert 1 <= seen and targets[-1:] == final
+        for i, target in enumerate(targets):
+            before = position - len(targets) + 1 + i
+            assert target == user[before] and history[: seen + i] == user[max(0, position - max_items) : before]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5))
+def test_in_order_covers_each_sample_once_over_the_ranks(n, batch_size, world_size):
+    interactions = to_interactions([[user, user, user] for user in range(n)])
+    source = SequenceSource(interactions, leave_one_out(interactions).test, 10, CPU)
+    shares = [[b.user.tolist() for b in source.in_order(batch_size, rank, world_size)] for rank in range(world_size)]
+    assert sorted(user for share in shares for batch in share for user in batch) == list(range(n))
+    assert all(len(batch) <= batch_size and batch == sorted(batch) for share in shares for batch in share)
+    assert [user for b in source.in_order(batch_size) for user in b.user.tolist()] == list(range(n))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 100), st.integers(1, 120))
+def test_an_epoch_repeats_nothing_and_leaves_out_less_than_a_batch(seed, n, batch_size):
+    shuffler = Shuffler(n, batch_size, seed)
+    size = min(batch_size, n)
+    for epoch in range(2):
+        steps = range(epoch * (n // size), (epoch + 1) * (n // size))
+        draws = [shuffler.draw(step) for step in steps]
+        for index, uniform in draws:
+            assert index.shape == uniform.shape == (size,)
+            assert index.dtype == torch.int64 and uniform.dtype == torch.float64
+            assert 0 <= float(uniform.min()) and float(uniform.max()) < 1
+        drawn = torch.cat([index for index, _ in draws]).tolist()
+        assert len(set(drawn)) == len(drawn) > n - size and set(drawn) <= set(range(n))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 50), st.integers(1, 60), st.lists(st.integers(0, 200), min_size=1, max_size=9))
+def test_a_draw_depends_on_the_step_alone(n, batch_size, steps):
+    used = Shuffler(n, batch_size, seed=7)
+    for step in steps:  # in any order, with repetitions
+        for mine, fresh in zip(used.draw(step), Shuffler(n, batch_size, seed=7).draw(step), strict=True):
+            assert torch.equal(mine, fresh)
+
+
+def test_epochs_steps_and_seeds_differ():
+    shuffler = Shuffler(1000, 100, seed=0)
+    assert not torch.equal(shuffler.draw(0)[0], shuffler.draw(10)[0])  # the first batches of two epochs
+    assert not torch.equal(shuffler.draw(0)[1], shuffler.draw(1)[1])
+    assert not torch.equal(shuffler.draw(0)[0], Shuffler(1000, 100, seed=1).draw(0)[0])
+    assert not torch.equal(shuffler.draw(0)[1], Shuffler(1000, 100, seed=1).draw(0)[1])
+    epoch = torch.cat([shuffler.draw(step)[0] for step in range(10)])
+    assert epoch.sort().values.tolist() == list(range(1000)) and epoch.tolist() != list(range(1000))
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(0, 4), (4, 0)])
+def test_nothing_to_draw_is_refused(n, batch_size):
+    with pytest.raises(ValueError, match=f"batches of {batch_size} from {n} training samples"):
+        Shuffler(n, batch_size, seed=0)
+
+
+def test_derived_seeds_tell_their_parts_apart():
+    parts = [(0, "epoch", 1), (0, "epoch", 11), (0, "step", 1), (1, "epoch", 1), (10, "epoch", 1), (0,), (1,)]
+    assert len({derive_seed(*part) for part in parts}) == len(parts)
+    for part in parts:
+        torch.Generator().manual_seed(derive_seed(*part))  # fits
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=7), min_size=1, max_size=5), st.integers(1, 4))
+def test_tokenize_writes_each_item_as_its_codes(rows, levels):
+    codes = torch.randint(0, 50, (10, levels), generator=torch.Generator().manual_seed(levels))
+    history = JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in rows])
+    targets = JaggedTensor.uniform(torch.zeros(len(rows), 1, dtype=torch.int64))
+    batch = SeqBatch(torch.arange(len(rows)), history, targets)
+    tokenized = tokenize(batch, codes)
+    assert to_rows(tokenized.tokens) == [[code for item in row for code in codes[item].tolist()] for row in rows]
+    assert tokenized.targets is targets and torch.equal(tokenized.user, batch.user)

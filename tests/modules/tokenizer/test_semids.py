@@ -1,0 +1,121 @@
+"""Semantic IDs: made unique, written and read back, and refused where they don't fit."""
+
+import dataclasses
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from modules.tokenizer.semids import SemanticIds, rank_within_equal
+
+rows_strategy = st.integers(1, 3).flatmap(
+    lambda levels: st.lists(st.tuples(*[st.integers(0, 2)] * levels), min_size=1, max_size=40)
+)
+
+
+CODES = [(0, 1), (2, 1), (0, 1), (0, 1), (2, 2)]
+
+
+def make(rows: list[tuple[int, ...]] = CODES, **changed) -> SemanticIds:
+    codes = torch.tensor(rows)
+    keys = [f"ключ {n}" for n in range(len(codes))]
+    made = SemanticIds.from_codes(codes, 3, keys, "tiny", "0123abcd", {"model": "rqvae", "levels": 2})
+    return dataclasses.replace(made, **changed)
+
+
+@settings(deadline=None, max_examples=50)
+@given(rows_strategy)
+def test_the_last_level_counts_the_earlier_items_with_the_same_codes(rows):
+    seen, ranks = Counter(), []
+    for row in rows:
+        ranks.append(seen[row])
+        seen[row] += 1
+    assert rank_within_equal(torch.tensor(rows)).tolist() == ranks
+    semantic_ids = make(rows)
+    assert semantic_ids.codes.tolist() == [[*row, rank] for row, rank in zip(rows, ranks, strict=True)]
+    assert len(set(map(tuple, semantic_ids.codes.tolist()))) == semantic_ids.n_items == len(rows)
+    assert semantic_ids.level_sizes == (3,) * len(rows[0]) + (max(seen.values()),)
+    assert semantic_ids.codes.dtype == torch.int64
+
+
+@pytest.mark.parametrize("place", ["run/tokenizer/semantic_ids.safetensors", "run/semantic_ids.safetensors", "run"])
+def test_what_is_saved_is_loaded_from_the_file_or_its_folders(tmp_path, place):
+    saved, file = make(), tmp_path / place
+    saved.save(file)
+    for path in {file, file.parent if place != "run" else file, tmp_path / "run"}:
+        for loaded in (SemanticIds.load(path), SemanticIds.load(str(path))):
+            assert torch.equal(loaded.codes, saved.codes) and loaded.codes.dtype == torch.int64
+            for field in ("level_sizes", "item_keys", "corpus_name", "corpus_hash", "tokenizer"):
+                assert getattr(loaded, field) == getattr(saved, field)
+
+
+@pytest.mark.parametrize("place", ["nothing", "empty"])
+def test_a_missing_file_is_named(tmp_path, place):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="train.pretrained_rqvae_path") as raised:
+        SemanticIds.load(tmp_path / place)
+    assert str(tmp_path / place) in str(raised.value)
+
+
+def rewrite(path, metadata: dict | None = None, **tensors) -> None:
+    """Writes the file again with other parts."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as opened:
+        kept = opened.metadata()
+    save_file(load_file(path) | tensors, path, kept | (metadata or {}))
+
+
+def truncate(path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a safetensors file, but long enough to have a header"),
+    "cut": truncate,
+    "another file": lambda path: save_file({"weight": torch.zeros(3)}, path),
+    "another format": lambda path: rewrite(path, {"format": "semantic-ids-0"}),
+    "level sizes": lambda path: rewrite(path, {"level_sizes": "[3, 3"}),
+    "codes outside": lambda path: rewrite(path, codes=torch.full((5, 3), 3, dtype=torch.int32)),
+    "fewer codes": lambda path: rewrite(path, codes=torch.zeros(4, 3, dtype=torch.int32)),
+    "keys": lambda path: rewrite(path, key_data=torch.full_like(load_file(path)["key_data"], 255)),
+    "no codes": lambda path: save_file({"x": torch.zeros(1)}, path, {"format": "semantic-ids-1"}),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_file_is_named(tmp_path, kind):
+    path = tmp_path / "semantic_ids.safetensors"
+    make().save(path)
+    DAMAGE[kind](path)
+    with pytest.raises(ValueError, match="Run train_rqvae.py again") as raised:
+        SemanticIds.load(tmp_path)
+    assert str(path) in str(raised.value)
+
+
+def test_another_corpus_is_refused_by_both_names():
+    semantic_ids = make()
+    semantic_ids.check_corpus("tiny, under another name", "0123abcd")
+    with pytest.raises(ValueError) as raised:
+        semantic_ids.check_corpus("other", "ffff0000")
+    for part in ("tiny", "0123abcd", "other", "ffff0000", "train_rqvae.py"):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"item_keys": ["a"]},
+        {"level_sizes": (3, 3)},
+        {"level_sizes": (3, 3, 2)},
+        {"level_sizes": (2, 3, 3)},
+        {"codes": torch.full((5, 3), -1)},
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(changed):
+    with pytest.raises(ValueError, match="shape|outside its level"):
+        make(**changed)

@@ -1,0 +1,173 @@
+"""Stage 2: trains a transformer that generates the semantic ID of a user's next item, and reports Recall and NDCG.
+
+    python train_decoder.py configs/decoder_sample.gin
+
+Needs the tokenizer of the same corpus, from train_rqvae.py. The best checkpoint by validation NDCG is tested once.
+"""
+
+import gin
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from data.processed import RecDataset, load_corpus
+from data.splits import every_prefix, leave_one_out, windows
+from data.utils import SequenceSource, Shuffler, derive_seed, tokenize
+from modules.generation.trie import Trie
+from modules.model import EncoderDecoderRetrievalModel
+from modules.tokenizer.semids import SemanticIds
+from training import cli, report
+from training.checkpoint import load_model, load_state
+from training.evaluate import baseline_metrics, retrieval_metrics, validation_loss
+from training.run import Run, bindings
+from training.schedule import due, warmup_cosine
+
+
+@gin.configurable
+def train(
+    dataset: RecDataset = gin.REQUIRED,
+    dataset_folder: str = "dataset",
+    dataset_split: str = "",
+    pretrained_rqvae_path: str = "out/rqvae_{corpus}",
+    save_dir_root: str = "out/decoder_{corpus}",
+    iterations: int = 20_000,
+    batch_size: int = 256,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.05,
+    warmup_steps: int = 200,
+    max_gradient_norm: float = 1.0,
+    max_items: int = 20,
+    every_position: bool = True,
+    beams: int = 50,
+    top_k: tuple[int, ...] = (1, 5, 10),
+    eval_batch_size: int = 512,
+    gradient_accumulate_every: int = 1,
+    amp: bool = False,
+    mixed_precision_type: str = "fp16",
+    log_every: int = 100,
+    partial_eval_every: int = 500,
+    full_eval_every: int = 2000,
+    save_model_every: int = 2000,
+    resume: bool = True,
+    wandb_logging: bool = False,
+    wandb_project: str = "generative-retrieval",
+    force_dataset_process: bool = False,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Trains the retriever of one corpus and returns what metrics.json holds.
+
+    dataset, dataset_folder, dataset_split: see `data.processed.load_corpus`. pretrained_rqvae_path: run or tokenizer
+    folder, or the semantic IDs file; in it and in save_dir_root "{corpus}" stands for the corpus name.
+    batch_size: histories a micro-step over all processes. max_items: longest history. every_position: each
+    item of a training window is a target given those before it; off: one target a history, as a
+    bidirectional encoder needs. partial_eval_every: steps between validation losses; full_eval_every: between
+    validations with generation, by whose NDCG at the last of top_k the best checkpoint is chosen.
+    beams: of generation. mixed_precision_type: "fp16" or "bf16", used if amp.
+    """
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision_type if amp else "no",
+        gradient_accumulation_steps=gradient_accumulate_every,
+        step_scheduler_with_optimizer=False,
+    )
+    device = accelerator.device
+    with accelerator.main_process_first():
+        corpus = load_corpus(dataset, dataset_folder, dataset_split, force_dataset_process)
+    semantic_ids = SemanticIds.load(pretrained_rqvae_path.format(corpus=corpus.name))
+    semantic_ids.check_corpus(corpus.name, corpus.hash)
+    run = Run(
+        save_dir_root.format(corpus=corpus.name),
+        accelerator.is_main_process,
+        wandb_project if wandb_logging else None,
+        resume,
+    )
+    trie = Trie.build(semantic_ids.codes).to(device)
+    splits = leave_one_out(corpus.interactions)
+    samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)
+    source = SequenceSource(corpus.interactions, samples, max_items, device, every_position)
+    valid = SequenceSource(corpus.interactions, splits.valid, max_items, device)
+    test = SequenceSource(corpus.interactions, splits.test, max_items, device)
+
+    set_seed(seed)
+    model = EncoderDecoderRetrievalModel(level_sizes=semantic_ids.level_sizes).to(device)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    first, best = 0, -1.0
+    if run.last is not None:
+        load_model(run.last, model)
+        state = load_state(run.last, optimizer)
+        first, best = state["step"], state["best"]
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+
+    def evaluate(split: SequenceSource) -> dict[str, float]:
+        return retrieval_metrics(model, split, trie, top_k, beams, eval_batch_size, accelerator)
+
+    report.heading(
+        "Retriever",
+        corpus=f"{corpus.name}: {corpus.n_users:,} users, {corpus.n_items:,} items, {splits.name} split",
+        semantic_ids=f"{semantic_ids.level_sizes} codes on {trie.n_levels} levels",
+        training=f"{len(source):,} histories",
+        model=f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}",
+        folder=run.root,
+        start=f"step {first:,} of {iterations:,}",
+        show=accelerator.is_main_process,
+    )
+    shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed)
+    bar = report.progress(iterations, first, accelerator.is_main_process)
+    model.train()
+    for step in range(first, iterations):
+        torch.manual_seed(derive_seed(seed, "dropout", step, accelerator.process_index))
+        factor = warmup_cosine(step, warmup_steps, iterations)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * factor
+        index, uniform = shuffler.draw(step)
+        n_shares = accelerator.num_processes * gradient_accumulate_every
+        shares = list(zip(index.tensor_split(n_shares), uniform.tensor_split(n_shares), strict=True))
+        targets = source.n_targets(index, uniform)
+        for share in shares[accelerator.process_index :: accelerator.num_processes]:
+            with accelerator.accumulate(prepared):
+                batch = tokenize(source.batch(*share), trie.item_codes)
+                losses = prepared(batch, trie)
+                weight = len(batch.targets.values) * n_shares / targets  # the mean is over the step's targets
+                accelerator.backward(losses.loss * weight)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        done = step + 1
+        bar.update()
+
+        if due(done, log_every, iterations):
+            levels = {f"loss_level_{n + 1}": loss for n, loss in enumerate(losses.level_losses)}
+            values = report.finite({"loss": losses.loss, **levels, "gradient_norm": norm}, done, run.checkpoints)
+            run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
+            bar.set_postfix(loss=f"{values['loss']:.3f}", examples=report.per_second(bar, batch_size))
+        if due(done, partial_eval_every, iterations):
+            run.log(done, "valid", {"loss": validation_loss(model, valid, trie, eval_batch_size, accelerator)})
+        improved = False
+        if due(done, full_eval_every, iterations):
+            metrics = evaluate(valid)
+            run.log(done, "valid", metrics)
+            improved = metrics[f"ndcg@{max(top_k)}"] > best
+            best = max(best, metrics[f"ndcg@{max(top_k)}"])
+        if (improved or due(done, save_model_every, iterations)) and accelerator.is_main_process:
+            run.checkpoints.save(done, model, optimizer, {"config": bindings(), "best": best}, improved)
+    bar.close()
+
+    accelerator.wait_for_everyone()
+    load_model(run.checkpoints.marked("BEST"), model)
+    metrics = {f"valid/{name}": value for name, value in evaluate(valid).items()}
+    metrics |= {f"test/{name}": value for name, value in evaluate(test).items()}
+    baselines = baseline_metrics(test, splits.train_lengths, corpus.n_items, top_k)
+    metrics |= {f"test/{name}": value for name, value in baselines.items()}
+    if accelerator.is_main_process:
+        model.save_pretrained(run.root / "model")
+    run.finish(metrics)
+    report.retrieval_table(metrics, splits.name, run.root, show=accelerator.is_main_process)
+    accelerator.end_training()
+    return metrics
+
+
+if __name__ == "__main__":
+    cli.run(train, __doc__)

@@ -1,0 +1,185 @@
+"""Stage 1: trains an RQ-VAE on item features and gives every item a unique semantic ID.
+
+    python train_rqvae.py configs/rqvae_sample.gin
+
+Leaves <save_dir_root>/tokenizer with the model and semantic_ids.safetensors, which train_decoder.py reads.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
+from data.features import FeatureSource, item_features
+from data.processed import RecDataset, load_corpus
+from data.splits import leave_one_out
+from data.utils import Shuffler, derive_seed
+from modules.rqvae import RqVae
+from modules.tokenizer.semids import SemanticIds
+from training import cli, report
+from training.checkpoint import load_model, load_state
+from training.metrics import codebook_usage, collision_rate
+from training.run import Run, bindings
+from training.schedule import due, warmup_cosine
+
+KMEANS_ROWS = 20_000  # rows the first codebooks are fitted on
+
+
+@gin.configurable
+def train(
+    dataset: RecDataset = gin.REQUIRED,
+    features: Sequence[FeatureSource] = gin.REQUIRED,
+    dataset_folder: str = "dataset",
+    dataset_split: str = "",
+    categories: bool = False,
+    save_dir_root: str = "out/rqvae_{corpus}",
+    iterations: int = 20_000,
+    batch_size: int = 1024,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    warmup_steps: int = 200,
+    max_gradient_norm: float = 1.0,
+    gumbel_temperature: tuple[float, float] = (1.0, 0.1),
+    refit_every: int = 1000,
+    gradient_accumulate_every: int = 1,
+    amp: bool = False,
+    mixed_precision_type: str = "fp16",
+    log_every: int = 100,
+    eval_every: int = 1000,
+    save_model_every: int = 5000,
+    resume: bool = True,
+    wandb_logging: bool = False,
+    wandb_project: str = "generative-retrieval",
+    force_dataset_process: bool = False,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Trains the tokenizer of one corpus and returns what metrics.json holds.
+
+    dataset, dataset_folder, dataset_split: see `data.processed.load_corpus`. features: what describes the items,
+    e.g. [@TfidfSvd()]; categories: append them as multi-hot columns. save_dir_root: "{corpus}" stands for the
+    corpus name. batch_size: items a micro-step over all processes. gumbel_temperature: first and last, geometric
+    in between (Gumbel-softmax only). refit_every: steps between k-means fits of
+    the codebooks to the current encoder, the last after the end; 0: never. mixed_precision_type: "fp16" or "bf16",
+    used if amp. *_every: in steps.
+    """
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision_type if amp else "no",
+        gradient_accumulation_steps=gradient_accumulate_every,
+        step_scheduler_with_optimizer=False,
+    )
+    device = accelerator.device
+    with accelerator.main_process_first():
+        corpus = load_corpus(dataset, dataset_folder, dataset_split, force_dataset_process)
+        splits = leave_one_out(corpus.interactions)
+        described = item_features(
+            corpus, features, dataset_folder, splits.train_lengths, force_dataset_process, categories
+        )
+    run = Run(
+        save_dir_root.format(corpus=corpus.name),
+        accelerator.is_main_process,
+        wandb_project if wandb_logging else None,
+        resume,
+    )
+    x = torch.from_numpy(described.values).to(device)  # [N, D]
+
+    set_seed(seed)
+    model = RqVae(input_dim=x.shape[1], n_cat_features=described.n_cat_features).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = torch.randperm(len(x), generator=generator, device=device)[:KMEANS_ROWS]
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    first = 0
+    if run.last is None:
+        model.initialize(x[rows], generator)
+    else:
+        load_model(run.last, model)
+        first = load_state(run.last, optimizer)["step"]
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+
+    report.heading(
+        "Tokenizer",
+        corpus=f"{corpus.name}: {corpus.n_items:,} items, features {x.shape[1]} ({described.identity})",
+        model=f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}",
+        folder=run.root,
+        start=f"step {first:,} of {iterations:,}",
+        show=accelerator.is_main_process,
+    )
+    shuffler = Shuffler(len(x), batch_size * gradient_accumulate_every, seed)
+    bar = report.progress(iterations, first, accelerator.is_main_process)
+    model.train()
+    for step in range(first, iterations):
+        torch.manual_seed(derive_seed(seed, "noise", step, accelerator.process_index))
+        factor = warmup_cosine(step, warmup_steps, iterations)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * factor
+        start, end = gumbel_temperature
+        temperature = start * (end / start) ** (step / iterations)
+        index, _ = shuffler.draw(step)
+        shares = index.tensor_split(accelerator.num_processes * gradient_accumulate_every)
+        mine = shares[accelerator.process_index :: accelerator.num_processes]
+        for share in mine:
+            with accelerator.accumulate(prepared):
+                losses = prepared(x[share.to(device)], temperature)
+                weight = len(share) * len(shares) / len(index)  # shares may differ by one row
+                accelerator.backward(losses.loss * weight)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+        done = step + 1
+        bar.update()
+
+        if refit_every and due(done, refit_every, iterations):
+            model.fit_codebooks(x[rows], torch.Generator(device).manual_seed(derive_seed(seed, "refit", step)))
+        if due(done, log_every, iterations):
+            values = report.finite(
+                {
+                    "loss": losses.loss,
+                    "reconstruction_loss": losses.reconstruction_loss,
+                    "quantize_loss": losses.quantize_loss,
+                },
+                done,
+                run.checkpoints,
+            )
+            run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
+            bar.set_postfix(loss=f"{values['loss']:.3f}")
+        if due(done, eval_every, iterations):
+            run.log(done, "catalogue", catalogue_metrics(model.codes(x), model.config["codebook_size"]))
+        if due(done, save_model_every, iterations) and accelerator.is_main_process:
+            run.checkpoints.save(done, model, optimizer, {"config": bindings()})
+    bar.close()
+
+    codes = model.codes(x)
+    metrics = catalogue_metrics(codes, model.config["codebook_size"])
+    if accelerator.is_main_process:
+        semantic_ids = save_tokenizer(run.root / "tokenizer", model, codes, corpus, described.identity)
+        metrics["extra_level_size"] = semantic_ids.level_sizes[-1]
+    run.finish(metrics)
+    report.table("Semantic IDs", metrics, run.root, show=accelerator.is_main_process)
+    accelerator.end_training()
+    return metrics
+
+
+def catalogue_metrics(codes: torch.Tensor, codebook_size: int) -> dict[str, float]:
+    """Usage and entropy of each level, and how many items share all their codes. codes: [N, L]."""
+    return {**codebook_usage(codes, codebook_size), "collision_rate": collision_rate(codes)}
+
+
+def save_tokenizer(folder: Path, model: RqVae, codes: torch.Tensor, corpus, features: str) -> SemanticIds:
+    """Writes the model and the catalogue's semantic IDs."""
+    model.save_pretrained(folder)
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+    identity = {"weights": weights, "features": features, "config": json.dumps(model.config)}
+    size = model.config["codebook_size"]
+    semantic_ids = SemanticIds.from_codes(codes, size, corpus.item_keys, corpus.name, corpus.hash, identity)
+    semantic_ids.save(folder / "semantic_ids.safetensors")
+    return semantic_ids
+
+
+if __name__ == "__main__":
+    cli.run(train, __doc__)

@@ -1,0 +1,97 @@
+"""Checkpoints: a folder a step, written aside and renamed, nothing in it a pickle."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The folder `checkpoints` of a run.
+
+    Each checkpoint is `step_00012345/` with model.safetensors, optimizer.safetensors and state.json. The files
+    LAST and BEST hold the name of one each; all others are removed.
+    """
+
+    folder: Path
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, best: bool = False
+    ) -> None:
+        """state: whatever JSON the training needs to go on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"step_{step:08d}"
+        aside = self.folder / f".{name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        tensors, groups = _flatten(optimizer.state_dict())
+        write(aside / "model.safetensors", save(to_cpu(model.state_dict())))
+        write(aside / "optimizer.safetensors", save(tensors))
+        state = {"step": step, "param_groups": groups, **state}
+        write(aside / "state.json", (json.dumps(state, indent=2) + "\n").encode())
+        if (self.folder / name).exists():
+            shutil.rmtree(self.folder / name)
+        os.rename(aside, self.folder / name)
+        for mark in ("LAST", "BEST") if best else ("LAST",):
+            write(self.folder / mark, f"{name}\n".encode())
+        self._remove_unmarked()
+
+    def _remove_unmarked(self) -> None:
+        kept = {self.marked("LAST"), self.marked("BEST")}
+        for path in self.folder.glob("step_*"):
+            if path not in kept:
+                shutil.rmtree(path)
+
+    def marked(self, mark: str) -> Path | None:
+        """The checkpoint that LAST or BEST names; None where there is none."""
+        file = self.folder / mark
+        if not file.is_file():
+            return None
+        path = self.folder / file.read_text().strip()
+        return path if path.is_dir() else None
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Puts a checkpoint's weights into the model."""
+    model.load_state_dict(load_file(path / "model.safetensors"))
+
+
+def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict:
+    """Puts a checkpoint's optimizer state into the optimizer and returns its state.json."""
+    state = json.loads((path / "state.json").read_text())
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        number, name = key.split(".", 1)
+        moments.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+    return state
+
+
+def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, contiguous, as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file aside, flushes it to the disk and renames it: never half a file under its name."""
+    aside = path.with_name(f".{path.name}")
+    with open(aside, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _flatten(state: dict) -> tuple[dict[str, Tensor], list[dict]]:
+    tensors = {
+        f"{number}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for number, moments in state["state"].items()
+        for name, value in moments.items()
+    }
+    return tensors, state["param_groups"]

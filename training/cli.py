@@ -1,0 +1,33 @@
+"""The command line of the two scripts."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import gin
+
+
+def run(train: Callable[[], object], description: str) -> None:
+    """Parses the command line, binds the gin config and calls `train`.
+
+    Bad input (ValueError, FileNotFoundError) ends with one message and exit status 2; --traceback shows all.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog='Example: %(prog)s configs/decoder_sample.gin --gin "train.iterations=100" --gin "train.seed=1"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="gin file, e.g. one of configs/")
+    parser.add_argument(
+        "--gin", action="append", default=[], metavar="BINDING", help="override a parameter of the file; repeatable"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    arguments = parser.parse_args()
+    try:
+        gin.parse_config_files_and_bindings([arguments.config], arguments.gin)
+        train()
+    except (ValueError, FileNotFoundError, OSError) as error:
+        if arguments.traceback:
+            raise
+        message = str(error).split("\n  In call to configurable")[0]
+        sys.exit(f"error: {message}")
