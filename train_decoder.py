@@ -16,7 +16,7 @@ from data.utils import SequenceSource, Shuffler, derive_seed, tokenize
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.semids import SemanticIds
-from training import cli, report
+from training import cli, plots, report
 from training.checkpoint import load_model, load_state
 from training.evaluate import baseline_metrics, retrieval_metrics, validation_loss
 from training.run import Run, bindings
@@ -64,6 +64,8 @@ def train(
     validations with generation, by whose NDCG at the last of top_k the best checkpoint is chosen.
     beams: of generation. mixed_precision_type: "fp16" or "bf16", used if amp.
     """
+    if beams < max(top_k):
+        raise ValueError(f"train.beams = {beams} cannot rank the first {max(top_k)} items of train.top_k = {top_k}.")
     accelerator = Accelerator(
         mixed_precision=mixed_precision_type if amp else "no",
         gradient_accumulation_steps=gradient_accumulate_every,
@@ -82,6 +84,8 @@ def train(
     )
     trie = Trie.build(semantic_ids.codes).to(device)
     splits = leave_one_out(corpus.interactions)
+    if len(splits.test) == 0:
+        raise ValueError(f"No user of corpus '{corpus.name}' has three or more interactions: nothing to evaluate.")
     samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)
     source = SequenceSource(corpus.interactions, samples, max_items, device, every_position)
     valid = SequenceSource(corpus.interactions, splits.valid, max_items, device)
@@ -163,6 +167,7 @@ def train(
     metrics |= {f"test/{name}": value for name, value in baselines.items()}
     if accelerator.is_main_process:
         model.save_pretrained(run.root / "model")
+        plots.retriever(run.root)
     run.finish(metrics)
     report.retrieval_table(metrics, splits.name, run.root, show=accelerator.is_main_process)
     accelerator.end_training()

@@ -22,7 +22,7 @@ from data.splits import leave_one_out
 from data.utils import Shuffler, derive_seed
 from modules.rqvae import RqVae
 from modules.tokenizer.semids import SemanticIds
-from training import cli, report
+from training import cli, plots, report
 from training.checkpoint import load_model, load_state
 from training.metrics import codebook_usage, collision_rate
 from training.run import Run, bindings
@@ -159,6 +159,7 @@ def train(
     if accelerator.is_main_process:
         semantic_ids = save_tokenizer(run.root / "tokenizer", model, codes, corpus, described.identity)
         metrics["extra_level_size"] = semantic_ids.level_sizes[-1]
+        plots.tokenizer(run.root)
     run.finish(metrics)
     report.table("Semantic IDs", metrics, run.root, show=accelerator.is_main_process)
     accelerator.end_training()

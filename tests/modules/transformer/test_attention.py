@@ -1,0 +1,53 @@
+"""Attention against torch's own module, position buckets against those of transformers' T5."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from modules.transformer.attention import Attention, RelativePositionBias
+from ops.jagged import JaggedTensor
+
+
+@pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (32, 256), (16, 64), (8, 20)])
+def test_buckets_are_those_of_t5(n_buckets, max_distance):
+    bias = RelativePositionBias(3, n_buckets, max_distance)
+    nn.init.normal_(bias.table.weight)
+    distance = torch.arange(-max_distance, max_distance + 1)
+    bucket = T5Attention._relative_position_bucket(distance, True, n_buckets, max_distance)
+    assert torch.equal(bias(), bias.table.weight[bucket].T)
+
+
+def test_beyond_the_largest_distance_t5_uses_the_last_bucket_too():
+    """So clamping the distance, as jagged attention does, changes nothing."""
+    bias = RelativePositionBias(1)
+    far = torch.tensor([-100_000, -129, 129, 100_000])
+    expected = T5Attention._relative_position_bucket(far, True, 32, 128)
+    assert expected.tolist() == bias.bucket[[0, 0, -1, -1]].tolist()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_that_of_torch_row_by_row(causal):
+    torch.manual_seed(0)
+    heads, dim, lengths = 3, 12, [4, 1, 6]
+    attention = Attention(dim, heads, dim // heads).double()
+    oracle = nn.MultiheadAttention(dim, heads, bias=False, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        oracle.in_proj_weight.copy_(torch.cat([attention.query.weight, attention.key_value.weight]))
+        oracle.out_proj.weight.copy_(attention.out.weight)
+    rows = [torch.randn(length, dim, dtype=torch.float64) for length in lengths]
+    x = JaggedTensor.from_rows(rows)
+    limits = x.positions() + 1 if causal else None
+    attended = attention(x, attention.key_values(x), key_limits=limits).split(lengths)
+    for row, out in zip(rows, attended, strict=True):
+        mask = torch.ones(len(row), len(row), dtype=torch.bool).triu(1) if causal else None
+        expected, _ = oracle(row[None], row[None], row[None], attn_mask=mask)
+        torch.testing.assert_close(out, expected[0], rtol=1e-10, atol=1e-10)
+
+
+def test_heads_may_be_wider_than_the_model():
+    attention = Attention(4, n_heads=3, head_dim=5)
+    x = JaggedTensor.from_rows([torch.randn(2, 4), torch.randn(3, 4)])
+    memory = attention.key_values(x)
+    assert memory.keys.values.shape == memory.values.shape == (5, 3, 5)
+    assert attention(x, memory).shape == (5, 4)

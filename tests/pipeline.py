@@ -1,0 +1,115 @@
+"""A tiny data set in the Amazon layout that a working pipeline must learn, and a way to run the scripts on it."""
+
+import gzip
+import json
+from pathlib import Path
+
+import gin
+import pytest
+
+import train_decoder
+import train_rqvae
+
+N_ITEMS, N_USERS = 30, 90
+COLOURS = ("red", "green", "blue", "black", "white", "yellow")
+THINGS = ("ball", "lamp", "shoe", "book", "chair")
+
+
+def write_raw(folder: Path, split: str = "beauty", step: int = 7) -> None:
+    """Every user walks through the items with the same stride, so the next item follows from the last."""
+    raw = folder / "raw" / split
+    raw.mkdir(parents=True)
+    lines = []
+    for user in range(N_USERS):
+        items = [(user + step * n) % N_ITEMS + 1 for n in range(5 + user % 6)]
+        lines.append(" ".join(map(str, [user + 1, *items])))
+    (raw / "sequential_data.txt").write_text("\n".join(lines) + "\n")
+    ids = {f"item{n:02d}": str(n + 1) for n in range(N_ITEMS)}
+    users = {f"user{n:02d}": str(n + 1) for n in range(N_USERS)}
+    maps = {
+        "user2id": users,
+        "item2id": ids,
+        "id2user": {number: key for key, number in users.items()},
+        "id2item": {number: key for key, number in ids.items()},
+    }
+    (raw / "datamaps.json").write_text(json.dumps(maps))
+    with gzip.open(raw / "meta.json.gz", "wt") as file:
+        for n, key in enumerate(ids):
+            title = f"{COLOURS[n % 6]} {THINGS[n // 6]}"
+            file.write(f"{{'asin': '{key}', 'title': '{title}', 'categories': [['{THINGS[n // 6]}']]}}\n")
+
+
+def bind(folder: Path, script: str, *extra: str) -> None:
+    """Binds a small config of one stage; `extra` bindings come last."""
+    common = [
+        "train.dataset = %data.processed.RecDataset.AMAZON",
+        f'train.dataset_folder = "{folder}"',
+        'train.dataset_split = "beauty"',
+        f'train.save_dir_root = "{folder}/out/{script}"',
+    ]
+    stages = {
+        "rqvae": [
+            "train.features = [@TfidfSvd()]",
+            "TfidfSvd.dim = 8",
+            "train.iterations = 60",
+            "train.batch_size = 16",
+            "train.refit_every = 20",
+            "train.eval_every = 30",
+            "train.log_every = 10",
+            "train.save_model_every = 20",
+            "RqVae.codebook_size = 6",
+            "RqVae.n_layers = 2",
+            "RqVae.embed_dim = 8",
+            "RqVae.hidden_dims = (16,)",
+        ],
+        "decoder": [
+            f'train.pretrained_rqvae_path = "{folder}/out/rqvae"',
+            "train.iterations = 300",
+            "train.batch_size = 16",
+            "train.learning_rate = 5e-3",
+            "train.warmup_steps = 10",
+            "train.beams = 10",
+            "train.log_every = 10",
+            "train.partial_eval_every = 100",
+            "train.full_eval_every = 100",
+            "train.save_model_every = 25",
+            "EncoderDecoderRetrievalModel.dim = 32",
+            "EncoderDecoderRetrievalModel.ff_dim = 64",
+            "EncoderDecoderRetrievalModel.n_heads = 2",
+            "EncoderDecoderRetrievalModel.head_dim = 16",
+            "EncoderDecoderRetrievalModel.encoder_layers = 1",
+            "EncoderDecoderRetrievalModel.decoder_layers = 1",
+            "EncoderDecoderRetrievalModel.prefix_buckets = 64",
+            "EncoderDecoderRetrievalModel.dropout = 0.0",
+            "EncoderDecoderRetrievalModel.user_buckets = 1",
+        ],
+    }
+    bindings = [*common, *stages[script], *extra]
+    gin.clear_config()
+    # Both scripts have a `train`; where both are imported, gin wants to know whose is meant.
+    gin.parse_config([f"train_{script}.{line}" if line.startswith("train.") else line for line in bindings])
+
+
+def run(folder: Path, script: str, *extra: str) -> dict[str, float]:
+    """Runs one stage in this process."""
+    bind(folder, script, *extra)
+    try:
+        return {"rqvae": train_rqvae, "decoder": train_decoder}[script].train()
+    finally:
+        gin.clear_config()
+
+
+def lines(path: Path) -> list[dict]:
+    """metrics.jsonl, without the wall-clock times."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder with the raw data and both stages run on it."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_raw(folder)
+    run(folder, "rqvae")
+    run(folder, "decoder")
+    return folder

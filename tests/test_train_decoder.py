@@ -1,0 +1,129 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.utils import SequenceSource
+from modules.model import EncoderDecoderRetrievalModel
+from modules.tokenizer.semids import SemanticIds
+from tests.pipeline import N_ITEMS, lines, run, write_raw
+from tests.test_train_rqvae import interrupt_after
+
+
+def test_the_pipeline_learns_what_follows_from_the_last_item(trained):
+    metrics = json.loads((trained / "out" / "decoder" / "metrics.json").read_text())
+    assert metrics["test/recall@1"] > 0.9
+    assert metrics["test/ndcg@10"] > 0.9
+    assert metrics["test/most_popular/recall@1"] < 0.3
+    assert metrics["test/transition/recall@1"] > 0.9
+
+
+def test_the_run_folder_keeps_the_contract(trained):
+    root = trained / "out" / "decoder"
+    assert {path.name for path in root.iterdir()} == {
+        "config.gin",
+        "metrics.jsonl",
+        "metrics.json",
+        "checkpoints",
+        "plots",
+        "model",
+    }
+    best = (root / "checkpoints" / "BEST").read_text().strip()
+    model = load_file(root / "model" / "model.safetensors")
+    saved = load_file(root / "checkpoints" / best / "model.safetensors")
+    assert all(torch.equal(model[name], saved[name]) for name in model)
+    sizes = SemanticIds.load(trained / "out" / "rqvae").level_sizes
+    assert EncoderDecoderRetrievalModel.from_pretrained(root / "model").level_sizes == sizes
+    assert {row["split"] for row in lines(root / "metrics.jsonl")} == {"train", "valid"}
+    kept = {path.name for path in (root / "checkpoints").glob("step_*")}
+    assert kept == {best, (root / "checkpoints" / "LAST").read_text().strip()}
+
+
+def test_the_test_split_is_read_once_after_training(trained, tmp_path, monkeypatch):
+    seen = []
+    original = SequenceSource.in_order
+
+    def recorded(self, *args):
+        seen.append(int(self.samples.position.sum()))
+        return original(self, *args)
+
+    monkeypatch.setattr(SequenceSource, "in_order", recorded)
+    run(trained, "decoder", "train.iterations = 20", f'train.save_dir_root = "{tmp_path}"')
+    test_sum = max(seen)  # test positions lie one after the validation positions
+    once = [True] * 3  # the model and two baselines
+    assert [total == test_sum for total in seen] == [False] * (len(seen) - 3) + once
+
+
+def test_the_same_config_gives_the_same_run(trained, tmp_path):
+    first = run(trained, "decoder", "train.iterations = 30", f'train.save_dir_root = "{tmp_path}/a"')
+    second = run(trained, "decoder", "train.iterations = 30", f'train.save_dir_root = "{tmp_path}/b"')
+    assert first == second
+    assert lines(tmp_path / "a" / "metrics.jsonl") == lines(tmp_path / "b" / "metrics.jsonl")
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(trained, tmp_path):
+    extra = ("train.iterations = 60", f'train.save_dir_root = "{tmp_path}/run"')
+    straight = run(trained, "decoder", *extra)
+    root = tmp_path / "run"
+    weights, log = load_file(root / "model" / "model.safetensors"), lines(root / "metrics.jsonl")
+    shutil.rmtree(root)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_after(40, lambda: run(trained, "decoder", *extra))
+    assert run(trained, "decoder", *extra) == straight
+    assert lines(root / "metrics.jsonl") == log
+    resumed = load_file(root / "model" / "model.safetensors")
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+
+
+def test_accumulated_batches_equal_one_large_batch(trained, tmp_path):
+    common = ("train.iterations = 10", "EncoderDecoderRetrievalModel.dropout = 0.0")
+    run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/one"', "train.batch_size = 16")
+    accumulated = ("train.batch_size = 8", "train.gradient_accumulate_every = 2")
+    run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/two"', *accumulated)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_bidirectional_encoder_trains_on_one_target_a_history(trained, tmp_path):
+    bidirectional = ("EncoderDecoderRetrievalModel.causal_encoder = False", "train.every_position = False")
+    metrics = run(trained, "decoder", *bidirectional, f'train.save_dir_root = "{tmp_path}/run"')
+    assert metrics["test/recall@1"] > 0.9
+    with pytest.raises(ValueError, match="every_position = False"):
+        run(trained, "decoder", bidirectional[0], f'train.save_dir_root = "{tmp_path}/wrong"')
+
+
+def test_semantic_ids_of_another_corpus_are_refused_before_anything_is_written(trained, tmp_path):
+    write_raw(tmp_path, step=11)
+    with pytest.raises(ValueError, match=r"made for corpus 'amazon_beauty' \(.*the data is corpus 'amazon_beauty' \("):
+        run(tmp_path, "decoder", f'train.pretrained_rqvae_path = "{trained}/out/rqvae"')
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    write_raw(tmp_path)
+    with pytest.raises(FileNotFoundError, match="No semantic IDs at .*out/rqvae.*train_rqvae.py"):
+        run(tmp_path, "decoder")
+
+
+def test_too_few_beams_are_refused(trained):
+    with pytest.raises(ValueError, match=r"train.beams = 5 cannot rank the first 10"):
+        run(trained, "decoder", "train.beams = 5")
+
+
+def test_another_config_does_not_overwrite_a_run(trained):
+    root = trained / "out" / "decoder"
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    with pytest.raises(ValueError, match=r"(?s)another config.*train.learning_rate: 0.005 -> 0.5.*save_dir_root"):
+        run(trained, "decoder", "train.learning_rate = 0.5")
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(trained, "decoder", "train.resume = False")
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_as_many_beams_as_items_rank_the_whole_catalogue(trained, tmp_path):
+    extra = ("train.iterations = 10", f"train.beams = {N_ITEMS}", f"train.top_k = (1, {N_ITEMS})")
+    metrics = run(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}"')
+    assert metrics[f"test/recall@{N_ITEMS}"] == 1.0
