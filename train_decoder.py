@@ -146,7 +146,7 @@ def train(
             levels = {f"loss_level_{n + 1}": loss for n, loss in enumerate(losses.level_losses)}
             values = report.finite({"loss": losses.loss, **levels, "gradient_norm": norm}, done, run.checkpoints)
             run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
-            bar.set_postfix(loss=f"{values['loss']:.3f}", examples=report.per_second(bar, batch_size))
+            bar.set_postfix(loss=f"{values['loss']:.3f}", examples=report.per_second(bar, batch_size), refresh=False)
         if due(done, partial_eval_every, iterations):
             run.log(done, "valid", {"loss": validation_loss(model, valid, trie, eval_batch_size, accelerator)})
         improved = False

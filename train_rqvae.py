@@ -147,7 +147,7 @@ def train(
                 run.checkpoints,
             )
             run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
-            bar.set_postfix(loss=f"{values['loss']:.3f}")
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         if due(done, eval_every, iterations):
             run.log(done, "catalogue", catalogue_metrics(model.codes(x), model.config["codebook_size"]))
         if due(done, save_model_every, iterations) and accelerator.is_main_process:

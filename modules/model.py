@@ -72,7 +72,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         self.code_embedder = SemIdEmbedder(self.level_sizes, dim, prefix_buckets)
         self.user_embedder = UserEmbedder(user_buckets, dim)
         self.start = nn.Parameter(torch.empty(dim))
-        self.encoder = Encoder(block, encoder_layers)
+        self.encoder = Encoder(block, encoder_layers, causal_encoder)
         self.decoder = Decoder(block, decoder_layers)
         self.head = nn.Linear(dim, sum(level_sizes), bias=False)
         self._init_weights()
@@ -87,14 +87,14 @@ class EncoderDecoderRetrievalModel(nn.Module):
             nn.init.zeros_(self.code_embedder.prefix_table.weight)
         nn.init.normal_(self.start, std=1.0)
         nn.init.zeros_(self.encoder.bias.table.weight)
+        nn.init.zeros_(self.decoder.bias.table.weight)
 
     def memory(self, batch: TokenizedSeqBatch) -> list[KeyValue]:
         """Encodes the histories once: each decoder layer's keys and values [B + T * L', H, D], rows of users."""
         codes = batch.tokens.values.view(-1, len(self.level_sizes))
         embedded = self.code_embedder(codes).flatten(0, 1)  # [T * L', dim]
         history = jagged_prepend(self.user_embedder(batch.user), batch.tokens.with_values(embedded))
-        key_limits = history.positions() + 1 if self.causal_encoder else None
-        return self.decoder.memory(self.encoder(history, key_limits))
+        return self.decoder.memory(self.encoder(history))
 
     def _level_logits(self, hidden: Tensor, level: int) -> Tensor:
         """hidden [..., dim] -> float32 logits [..., V_level]."""
@@ -104,13 +104,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
     def _target_view(self, batch: TokenizedSeqBatch) -> MemoryView:
         """Target i of a user sees the user token and the items before it."""
         levels, targets = len(self.level_sizes), batch.targets
-        if not self.causal_encoder:
-            if targets.max_length != 1:
-                raise ValueError(
-                    "A bidirectional encoder takes one target a history: set "
-                    "EncoderDecoderRetrievalModel.causal_encoder = True or train.every_position = False."
-                )
-            return MemoryView(targets.offsets, 1)
+        if not self.causal_encoder and targets.max_length != 1:
+            raise ValueError(
+                "A bidirectional encoder takes one target a history: set "
+                "EncoderDecoderRetrievalModel.causal_encoder = True or train.every_position = False."
+            )
         items = batch.tokens.lengths // levels  # [B]
         first = items - targets.lengths + 1  # items before the first target
         rows = row_indices(targets.offsets, targets.values.shape[0])
@@ -158,7 +156,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
             x = self.start.expand(batch, 1, -1)
         else:
             x = self.code_embedder(codes.view(batch * beams, level))[:, -1:]  # [B * K, 1, dim]
-        view = MemoryView(torch.arange(batch + 1, device=x.device) * beams, beams)
+        limits = memory[0].keys.lengths.repeat_interleave(beams)
+        view = MemoryView(torch.arange(batch + 1, device=x.device) * beams, beams, limits)
         hidden, cache = self.decoder(x, memory, view, cache)
         logits = self._level_logits(hidden[:, 0], level).unflatten(0, (batch, beams))
         return logits, cache

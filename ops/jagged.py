@@ -100,14 +100,15 @@ def jagged_attention(
 ) -> JaggedTensor:
     """Scaled dot-product attention in which the queries of row b see the keys of row b only.
 
-    out[i] = sum_j softmax_j(scale * q[i].k[j] + bias[h, clamp(j - i, -R, R) + R]) v[j]
+    out[i] = sum_j softmax_j(scale * q[i].k[j] + bias[h, clamp(j - place[i], -R, R) + R]) v[j]
 
     with i, j counted from the start of their rows (Vaswani et al. 2017, eq. 1; the bias is that of T5,
     Raffel et al. 2020, section 2.1, already looked up by distance). A query without keys gets zeros.
 
     Shape: query.values [Tq, H, D], key.values and value [Tk, H, D], bias [H, 2R+1] -> values [Tq, H, D].
-    key_limits: [Tq] integers; a query sees only the first `key_limits` keys of its row (all, if None). Causal
-    attention is `key_limits` = 1 + the query's place in its row.
+    key_limits: [Tq] integers; a query sees only the first `key_limits` keys of its row, and its place is that
+    of the last of them. None: it sees all keys, and its place is i. Causal self-attention is
+    `key_limits` = i + 1, which gives the same places.
     dtype: scores and softmax accumulate in float32 or wider; the result has the dtype of `value`.
     """
     output = reference.jagged_attention(

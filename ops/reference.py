@@ -42,15 +42,6 @@ def padded_to_jagged(padded: Tensor, offsets: Tensor, total: int) -> Tensor:
     return flat.index_select(0, rows * max_length + columns)
 
 
-def _bias_matrix(bias: Tensor, queries: int, keys: int) -> Tensor:
-    """bias [H, 2R+1] by clamped distance key - query -> [H, queries, keys]."""
-    radius = bias.shape[1] // 2
-    positions_q = torch.arange(queries, device=bias.device)
-    positions_k = torch.arange(keys, device=bias.device)
-    distance = (positions_k[None, :] - positions_q[:, None]).clamp(-radius, radius)
-    return bias[:, distance + radius]
-
-
 def jagged_attention(
     query: Tensor,
     key: Tensor,
@@ -69,14 +60,20 @@ def jagged_attention(
     k = jagged_to_padded(key, key_offsets, max_key).transpose(1, 2)  # [B, H, Mk, D]
     v = jagged_to_padded(value, key_offsets, max_key).transpose(1, 2)
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    scores = q.to(accumulate) @ k.transpose(-1, -2).to(accumulate) * scale  # [B, H, Mq, Mk]
-    if bias is not None:
-        scores = scores + _bias_matrix(bias.to(accumulate), max_query, max_key)
+    scores = (q @ k.transpose(-1, -2)).to(accumulate) * scale  # [B, H, Mq, Mk]
+    columns = torch.arange(max_key, device=key.device)
     lengths = key_offsets.diff()[:, None]  # [B, 1]
-    if key_limits is not None:
-        lengths = jagged_to_padded(key_limits, query_offsets, max_query).minimum(lengths)  # [B, Mq]
+    if key_limits is None:
+        limits, places = lengths, torch.arange(max_query, device=key.device)[None]  # [B, 1], [1, Mq]
+    else:
+        limits = jagged_to_padded(key_limits, query_offsets, max_query)  # [B, Mq]
+        limits, places = limits.minimum(lengths), limits - 1
+    if bias is not None:
+        radius = bias.shape[1] // 2
+        distance = (columns - places[..., None]).clamp(-radius, radius)  # [B or 1, Mq, Mk]
+        scores = scores + bias.to(accumulate)[:, distance + radius].transpose(0, 1)
     if key_limits is not None or key.shape[0] != k.shape[0] * max_key:
-        hidden = torch.arange(max_key, device=key.device) >= lengths[..., None]  # [B, 1 or Mq, Mk]
+        hidden = columns >= limits[..., None]  # [B, 1 or Mq, Mk]
         scores = scores.masked_fill(hidden[:, None], float("-inf"))
     # A query that sees no key gets zeros: the maximum and the sum are kept finite and above zero.
     peak = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(accumulate).min)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import gin
@@ -10,19 +11,23 @@ import pytest
 import train_decoder
 import train_rqvae
 
-N_ITEMS, N_USERS = 30, 90
+N_ITEMS, N_USERS = 30, 400
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
 THINGS = ("ball", "lamp", "shoe", "book", "chair")
 
 
 def write_raw(folder: Path, split: str = "beauty", step: int = 7) -> None:
-    """Every user walks through the items with the same stride, so the next item follows from the last."""
+    """Every user walks through the items with one stride, from which the next item follows, and jumps at times:
+    the last item tells the next one, the first item and the position don't. The last three steps are walked."""
     raw = folder / "raw" / split
     raw.mkdir(parents=True)
-    lines = []
+    draw, lines = random.Random(0), []
     for user in range(N_USERS):
-        items = [(user + step * n) % N_ITEMS + 1 for n in range(5 + user % 6)]
-        lines.append(" ".join(map(str, [user + 1, *items])))
+        items = [draw.randrange(N_ITEMS)]
+        for left in reversed(range(5 + user % 6)):
+            jumps = left >= 3 and draw.random() < 0.3
+            items.append(draw.randrange(N_ITEMS) if jumps else (items[-1] + step) % N_ITEMS)
+        lines.append(" ".join(str(number + 1) for number in [user, *items]))
     (raw / "sequential_data.txt").write_text("\n".join(lines) + "\n")
     ids = {f"item{n:02d}": str(n + 1) for n in range(N_ITEMS)}
     users = {f"user{n:02d}": str(n + 1) for n in range(N_USERS)}
@@ -66,7 +71,7 @@ def bind(folder: Path, script: str, *extra: str) -> None:
             f'train.pretrained_rqvae_path = "{folder}/out/rqvae"',
             "train.iterations = 300",
             "train.batch_size = 16",
-            "train.learning_rate = 5e-3",
+            "train.learning_rate = 1e-2",
             "train.warmup_steps = 10",
             "train.beams = 10",
             "train.log_every = 10",

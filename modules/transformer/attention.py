@@ -18,22 +18,25 @@ class KeyValue:
 
 
 class RelativePositionBias(nn.Module):
-    """A learned number per head and bucket of distances (Raffel et al. 2020, section 2.1), both directions.
+    """A learned number per head and bucket of distances key - query (Raffel et al. 2020, section 2.1).
 
-    Half of the buckets serve each direction; of those, half hold one distance each, the rest grow
-    logarithmically up to `max_distance`, beyond which all distances share the last.
+    bidirectional: half of the buckets serve each direction; otherwise all serve distances <= 0. Half of a
+    direction's buckets hold one distance each, the rest grow logarithmically up to `max_distance`, beyond
+    which all distances share the last.
     """
 
-    def __init__(self, n_heads: int, n_buckets: int = 32, max_distance: int = 128) -> None:
+    def __init__(self, n_heads: int, bidirectional: bool, n_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__()
         self.table = nn.Embedding(n_buckets, n_heads)
         distance = torch.arange(-max_distance, max_distance + 1)  # key - query
-        half = n_buckets // 2
-        exact = half // 2
-        magnitude = distance.abs()
+        buckets = n_buckets // 2 if bidirectional else n_buckets  # of one direction
+        exact = buckets // 2
+        magnitude = distance.abs() if bidirectional else (-distance).clamp_min(0)
         growth = torch.log(magnitude.clamp_min(1) / exact) / math.log(max_distance / exact)
-        logarithmic = (exact + (growth * (half - exact)).long()).clamp_max(half - 1)
-        bucket = torch.where(magnitude < exact, magnitude, logarithmic) + half * (distance > 0)
+        logarithmic = (exact + (growth * (buckets - exact)).long()).clamp_max(buckets - 1)
+        bucket = torch.where(magnitude < exact, magnitude, logarithmic)
+        if bidirectional:
+            bucket = bucket + buckets * (distance > 0)
         self.register_buffer("bucket", bucket, persistent=False)
 
     def forward(self) -> Tensor:

@@ -29,12 +29,12 @@ class MemoryView:
     """Which decoder sequences look at which part of whose memory.
 
     offsets: [B+1] int64; the sequences offsets[b] to offsets[b+1] - 1 belong to user b, at most `max_sequences`.
-    key_limits: [S * M] int64, how many of the user's memory tokens each decoder position sees; None: all.
+    key_limits: [S * M] int64, how many of the user's memory tokens each decoder position sees.
     """
 
     offsets: Tensor
     max_sequences: int
-    key_limits: Tensor | None = None
+    key_limits: Tensor
 
     def rows(self, x: Tensor) -> JaggedTensor:
         """All positions of a user's sequences as one row: x [S, M, dim] -> values [S * M, dim]."""
@@ -76,18 +76,23 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """n_layers blocks and a final normalization. The position bias is shared by all layers."""
+    """n_layers blocks and a final normalization. The position bias is shared by all layers.
 
-    def __init__(self, config: TransformerConfig, n_layers: int) -> None:
+    causal: a token sees only itself and those before it.
+    """
+
+    def __init__(self, config: TransformerConfig, n_layers: int, causal: bool) -> None:
         super().__init__()
-        self.bias = RelativePositionBias(config.n_heads)
+        self.causal = causal
+        self.bias = RelativePositionBias(config.n_heads, bidirectional=not causal)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: JaggedTensor, key_limits: Tensor | None) -> JaggedTensor:
-        """x [T, dim] -> [T, dim]. key_limits [T]: how much of its row each token sees; None: all."""
+    def forward(self, x: JaggedTensor) -> JaggedTensor:
+        """x [T, dim] -> [T, dim]."""
         bias = self.bias()
+        key_limits = x.positions() + 1 if self.causal else None
         x = x.with_values(self.dropout(x.values))
         for block in self.blocks:
             x = block(x, bias, key_limits)
@@ -108,11 +113,12 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, memory: KeyValue, view: MemoryView, past: KeyValueCache | None = None
+        self, x: Tensor, memory: KeyValue, view: MemoryView, bias: Tensor, past: KeyValueCache | None = None
     ) -> tuple[Tensor, KeyValueCache]:
         """The last M positions of S sequences, where some sequences belong to each user.
 
-        x: [S, M, dim]. past: keys and values [S, P, H, D] of the P positions before. Either P = 0 or M = 1.
+        x: [S, M, dim]. bias: [H, 2R+1], of the memory's tokens.
+        past: keys and values [S, P, H, D] of the P positions before. Either P = 0 or M = 1.
         Returns x and the keys and values of all P + M positions.
         """
         rows = JaggedTensor.uniform(self.attention_norm(x))
@@ -125,16 +131,21 @@ class DecoderBlock(nn.Module):
         causal = rows.positions() + 1 if x.shape[1] > 1 else None
         hidden = x + self.dropout(self.attention(rows, seen, key_limits=causal)).view_as(x)
         rows = view.rows(self.cross_norm(hidden))
-        attended = self.cross_attention(rows, memory, key_limits=view.key_limits)
+        attended = self.cross_attention(rows, memory, bias, view.key_limits)
         hidden = hidden + self.dropout(attended).view_as(x)
         return hidden + self.dropout(self.ff(self.ff_norm(hidden))), (keys, values)
 
 
 class Decoder(nn.Module):
-    """n_layers blocks and a final normalization."""
+    """n_layers blocks and a final normalization.
+
+    Unlike T5's, its attention to the memory has a position bias (shared by all layers) by how far a token lies
+    before the last visible one: the encoder of a prefix cannot know where the prefix will be cut.
+    """
 
     def __init__(self, config: TransformerConfig, n_layers: int) -> None:
         super().__init__()
+        self.bias = RelativePositionBias(config.n_heads, bidirectional=False)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.dropout = nn.Dropout(config.dropout)
@@ -147,8 +158,8 @@ class Decoder(nn.Module):
         self, x: Tensor, memory: list[KeyValue], view: MemoryView, past: list[KeyValueCache] | None = None
     ) -> tuple[Tensor, list[KeyValueCache]]:
         """x [S, M, dim] -> the same shape, and each layer's keys and values; see `DecoderBlock.forward`."""
-        x, cache = self.dropout(x), []
+        x, cache, bias = self.dropout(x), [], self.bias()
         for i, block in enumerate(self.blocks):
-            x, seen = block(x, memory[i], view, past[i] if past is not None else None)
+            x, seen = block(x, memory[i], view, bias, past[i] if past is not None else None)
             cache.append(seen)
         return self.dropout(self.norm(x)), cache

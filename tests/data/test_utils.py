@@ -133,7 +133,17 @@ def test_nothing_to_draw_is_refused(n, batch_size):
 
 
 def test_derived_seeds_tell_their_parts_apart():
-    parts = [(0, "epoch", 1), (0, "epoch", 11), (0, "step", 1), (1, "epoch", 1), (10, "epoch", 1), (0,), (1,)]
+    parts = [
+        (1, 11),
+        (11, 1),
+        (0, "epoch", 1),
+        (0, "epoch", 11),
+        (0, "step", 1),
+        (1, "epoch", 1),
+        (10, "epoch", 1),
+        (0,),
+        (1,),
+    ]
     assert len({derive_seed(*part) for part in parts}) == len(parts)
     for part in parts:
         torch.Generator().manual_seed(derive_seed(*part))  # fits
