@@ -38,6 +38,7 @@ def train(
     max_gradient_norm: float = 1.0,
     max_items: int = 20,
     every_position: bool = True,
+    exclude_history: bool = False,
     beams: int = 50,
     top_k: tuple[int, ...] = (1, 5, 10),
     eval_batch_size: int = 512,
@@ -60,7 +61,8 @@ def train(
     folder, or the semantic IDs file; in it and in save_dir_root "{corpus}" stands for the corpus name.
     batch_size: histories a micro-step over all processes. max_items: longest history. every_position: each
     item of a training window is a target given those before it; off: one target a history, as a
-    bidirectional encoder needs. partial_eval_every: steps between validation losses; full_eval_every: between
+    bidirectional encoder needs. exclude_history: rank only items the user has not consumed, for the baselines as
+    well. partial_eval_every: steps between validation losses; full_eval_every: between
     validations with generation, by whose NDCG at the last of top_k the best checkpoint is chosen.
     beams: of generation. mixed_precision_type: "fp16" or "bf16", used if amp.
     """
@@ -88,8 +90,8 @@ def train(
         raise ValueError(f"No user of corpus '{corpus.name}' has three or more interactions: nothing to evaluate.")
     samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)
     source = SequenceSource(corpus.interactions, samples, max_items, device, every_position)
-    valid = SequenceSource(corpus.interactions, splits.valid, max_items, device)
-    test = SequenceSource(corpus.interactions, splits.test, max_items, device)
+    valid = SequenceSource(corpus.interactions, splits.valid, max_items, device, exclude_history=exclude_history)
+    test = SequenceSource(corpus.interactions, splits.test, max_items, device, exclude_history=exclude_history)
 
     set_seed(seed)
     model = EncoderDecoderRetrievalModel(level_sizes=semantic_ids.level_sizes).to(device)
@@ -169,7 +171,8 @@ def train(
         model.save_pretrained(run.root / "model")
         plots.retriever(run.root)
     run.finish(metrics)
-    report.retrieval_table(metrics, splits.name, run.root, show=accelerator.is_main_process)
+    candidates = "items not yet consumed" if exclude_history else "all items"
+    report.retrieval_table(metrics, f"{splits.name} split, {candidates}", run.root, show=accelerator.is_main_process)
     accelerator.end_training()
     return metrics
 

@@ -43,6 +43,7 @@ class Transition:
         follows = _in_training(interactions, train_lengths)[1:] & (users[1:] == users[:-1])
         items = interactions.items.long()
         pairs, counts = torch.unique((items[:-1] * n_items + items[1:])[follows], return_counts=True)
+        self.pairs, self.n_items = pairs, n_items  # item * N + follower, ascending
         by_count = counts.sort(descending=True, stable=True).indices
         pairs = pairs[by_count]
         pairs = pairs[(pairs // n_items).sort(stable=True).indices]
@@ -57,7 +58,9 @@ class Transition:
         places = self.offsets[last_items, None] + torch.arange(k, device=last_items.device)  # [B, k]
         known = places < self.offsets[last_items + 1, None]
         followers = self.followers[places.clamp(max=len(self.followers) - 1)].where(known, -1)
-        fresh = torch.stack([(followers != item).all(1) for item in self.popular.order[:k]], dim=1)  # [B, k]
+        wanted = last_items[:, None] * self.n_items + popular
+        found = torch.searchsorted(self.pairs, wanted).clamp(max=len(self.pairs) - 1)
+        fresh = self.pairs[found] != wanted  # popular items that are not followers
         first = torch.cat([known, fresh], dim=1).sort(dim=1, descending=True, stable=True).indices[:, :k]
         return torch.cat([followers, popular], dim=1).gather(1, first)
 

@@ -51,23 +51,27 @@ class SeqBatch:
     user: [B] int64. history: rows of n_b item ids, values [T] int64.
     targets: rows of m_b item ids, values [P] int64, m_b <= n_b: target i of row b followed the first
     n_b - m_b + 1 + i items of the history, so the last target followed all of it.
+    consumed: rows of all item ids before the last target, not only the history; None where all items may be
+    recommended.
     """
 
     user: Tensor
     history: JaggedTensor
     targets: JaggedTensor
+    consumed: JaggedTensor | None = None
 
 
 @dataclass(frozen=True)
 class TokenizedSeqBatch:
     """A SeqBatch whose history is written in semantic IDs of L' codes an item.
 
-    user: [B] int64. tokens: values [T * L'] int64 codes. targets: values [P] int64 item ids, as in SeqBatch.
+    user: [B] int64. tokens: values [T * L'] int64 codes. targets, consumed: as in SeqBatch.
     """
 
     user: Tensor
     tokens: JaggedTensor
     targets: JaggedTensor
+    consumed: JaggedTensor | None = None
 
 
 @dataclass(frozen=True)

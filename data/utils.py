@@ -17,6 +17,7 @@ class SequenceSource:
     interactions, samples: the data; its items move to `device` once.
     max_items: the history is the up to `max_items` items before the target.
     every_position: each item of the window is a target given those before it, not only the last.
+    exclude_history: batches say what each user has consumed, so that it is not recommended again.
     """
 
     def __init__(
@@ -26,12 +27,14 @@ class SequenceSource:
         max_items: int,
         device: torch.device,
         every_position: bool = False,
+        exclude_history: bool = False,
     ) -> None:
         self.interactions = interactions
         self.samples = samples
         self.max_items = max_items
         self.device = device
         self.every_position = every_position
+        self.exclude_history = exclude_history
         self._starts = interactions.offsets[samples.user]  # [S] row of each user's first interaction
         self._items = interactions.items.to(device)
 
@@ -56,19 +59,25 @@ class SequenceSource:
         uniform: [B] float64 in [0, 1), how far each position moves within its slack; None leaves all in place.
         """
         position = self._position(index, uniform)
-        lengths = position.clamp_max(self.max_items)
+        starts = self._starts[index]
+        history, rows = self._slice(starts + position, position.clamp_max(self.max_items), self.max_items)
+        if self.every_position:
+            targets = history.with_values(self._items[rows + 1].long())
+        else:
+            targets = JaggedTensor.uniform(self._items[(starts + position).to(self.device)].long()[:, None])
+        consumed = None
+        if self.exclude_history:
+            consumed, _ = self._slice(starts + position, position, int(position.max()))
+        return SeqBatch(self.samples.user[index].to(self.device), history, targets, consumed)
+
+    def _slice(self, ends: Tensor, lengths: Tensor, max_length: int) -> tuple[JaggedTensor, Tensor]:
+        """The `lengths` items before the rows `ends`, and their rows. Shape: [B] -> rows of item ids, [T]."""
         offsets = lengths_to_offsets(lengths)
         total = int(offsets[-1])
-        ends = (self._starts[index] + position).to(self.device)  # [B] row of each last target
-        offsets = offsets.to(self.device)
-        rows = row_indices(offsets, total)
-        flat = ends[rows] - offsets[rows + 1] + torch.arange(total, device=self.device)
-        history = JaggedTensor(self._items[flat].long(), offsets, self.max_items)
-        if self.every_position:
-            targets = history.with_values(self._items[flat + 1].long())
-        else:
-            targets = JaggedTensor.uniform(self._items[ends].long()[:, None])
-        return SeqBatch(self.samples.user[index].to(self.device), history, targets)
+        ends, offsets = ends.to(self.device), offsets.to(self.device)
+        user = row_indices(offsets, total)
+        rows = ends[user] - offsets[user + 1] + torch.arange(total, device=self.device)
+        return JaggedTensor(self._items[rows].long(), offsets, max_length), rows
 
     def in_order(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[SeqBatch]:
         """Every sample once, in order; process `rank` gets every world_size-th batch."""
@@ -111,4 +120,16 @@ def tokenize(batch: SeqBatch, codes: Tensor) -> TokenizedSeqBatch:
     levels = codes.shape[1]
     history = batch.history
     tokens = JaggedTensor(codes[history.values].flatten(), history.offsets * levels, history.max_length * levels)
-    return TokenizedSeqBatch(batch.user, tokens, batch.targets)
+    return TokenizedSeqBatch(batch.user, tokens, batch.targets, batch.consumed)
+
+
+def is_consumed(items: Tensor, consumed: JaggedTensor) -> Tensor:
+    """Whether each item is among its row's consumed ones. Shape: items [B, M], B rows of item ids -> [B, M] bool."""
+    total = consumed.values.shape[0]
+    if total == 0:
+        return torch.zeros_like(items, dtype=torch.bool)
+    span = torch.maximum(items.max(), consumed.values.max()) + 1
+    keys = (row_indices(consumed.offsets, total) * span + consumed.values).sort().values
+    wanted = torch.arange(items.shape[0], device=items.device)[:, None] * span + items
+    place = torch.searchsorted(keys, wanted).clamp_max(total - 1)
+    return keys[place] == wanted

@@ -61,26 +61,45 @@ def jagged_attention(
     v = jagged_to_padded(value, key_offsets, max_key).transpose(1, 2)
     accumulate = torch.promote_types(query.dtype, torch.float32)
     scores = (q @ k.transpose(-1, -2)).to(accumulate) * scale  # [B, H, Mq, Mk]
-    columns = torch.arange(max_key, device=key.device)
     lengths = key_offsets.diff()[:, None]  # [B, 1]
-    if key_limits is None:
-        limits, places = lengths, torch.arange(max_query, device=key.device)[None]  # [B, 1], [1, Mq]
+    limits = lengths.expand(-1, max_query)
+    if key_limits is not None:
+        limits = jagged_to_padded(key_limits, query_offsets, max_query).minimum(lengths)  # [B, Mq]
+        places = None
     else:
-        limits = jagged_to_padded(key_limits, query_offsets, max_query)  # [B, Mq]
-        limits, places = limits.minimum(lengths), limits - 1
-    if bias is not None:
-        radius = bias.shape[1] // 2
-        distance = (columns - places[..., None]).clamp(-radius, radius)  # [B or 1, Mq, Mk]
-        scores = scores + bias.to(accumulate)[:, distance + radius].transpose(0, 1)
-    if key_limits is not None or key.shape[0] != k.shape[0] * max_key:
-        hidden = columns >= limits[..., None]  # [B, 1 or Mq, Mk]
-        scores = scores.masked_fill(hidden[:, None], float("-inf"))
-    # A query that sees no key gets zeros: the maximum and the sum are kept finite and above zero.
-    peak = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(accumulate).min)
-    weights = (scores - peak).exp()
-    weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(accumulate).tiny)
-    output = weights.to(value.dtype) @ v  # [B, H, Mq, D]
-    return padded_to_jagged(output.transpose(1, 2), query_offsets, query.shape[0])
+        places = torch.arange(max_query, device=key.device)
+    scores = scores + _visible_bias(bias, limits, places, max_key, accumulate)
+    # A query without keys weighs padding; its output is zero by contract.
+    output = scores.softmax(-1).to(value.dtype) @ v  # [B, H, Mq, D]
+    output = output.transpose(1, 2).masked_fill((limits == 0)[..., None, None], 0.0)
+    return padded_to_jagged(output, query_offsets, query.shape[0])
+
+
+def _visible_bias(
+    bias: Tensor | None, limits: Tensor, places: Tensor | None, max_key: int, dtype: torch.dtype
+) -> Tensor:
+    """What is added to the scores: the bias by distance, and the lowest number where a key is not visible.
+
+    limits: [B, Mq] visible keys. places: [Mq], or None where a query's place is its limit - 1.
+    -> [B, H or 1, Mq, Mk] or a shape that broadcasts to it.
+    """
+    columns = torch.arange(max_key, device=limits.device)
+    lowest = torch.finfo(dtype).min
+    if bias is None:
+        hidden = columns >= limits[..., None]  # [B, Mq, Mk]
+        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, lowest)[:, None]
+    radius = bias.shape[1] // 2
+    by_distance = bias.to(dtype).T  # [2R+1, H]
+    if places is not None:
+        distance = (columns - places[:, None]).clamp(-radius, radius)  # [Mq, Mk]
+        matrix = by_distance[distance + radius].movedim(-1, 0)  # [H, Mq, Mk]
+        return matrix.masked_fill((columns >= limits[..., None])[:, None], lowest)
+    # Equal limits have equal rows: look them up by limit, row by row, instead of number by number.
+    every_limit = torch.arange(max_key + 1, device=limits.device)[:, None]
+    distance = (columns - (every_limit - 1)).clamp(-radius, radius)  # [Mk+1, Mk]
+    rows = by_distance[distance + radius].masked_fill((columns >= every_limit)[..., None], lowest)
+    rows = rows.transpose(1, 2).contiguous()  # [Mk+1, H, Mk]
+    return rows.index_select(0, limits.flatten()).unflatten(0, limits.shape).transpose(1, 2)
 
 
 def jagged_prepend(prefix: Tensor, values: Tensor, offsets: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from data.baselines import MostPopular, Transition
-from data.utils import SequenceSource, tokenize
+from data.utils import SequenceSource, is_consumed, tokenize
 from modules.generation.beam_search import beam_search
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
@@ -55,8 +55,14 @@ def baseline_metrics(
     result = {}
     for name, baseline in (("most_popular", MostPopular), ("transition", Transition)):
         ranker, metrics = baseline(source.interactions, train_lengths, n_items), RankingMetrics(ks)
-        for batch in source.in_order(1024):
+        for batch in source.in_order(256):
             last = batch.history.values[batch.history.offsets[1:] - 1].cpu()
-            metrics.update(ranker.rank(last, min(max(ks), n_items)), batch.targets.values.cpu())
+            spare = batch.consumed.max_length if batch.consumed is not None else 0
+            items = ranker.rank(last, min(max(ks) + spare, n_items))
+            if batch.consumed is not None:
+                seen = is_consumed(items, batch.consumed.to("cpu"))
+                order = seen.sort(dim=1, stable=True).indices  # those not consumed first
+                items = items.masked_fill(seen, -1).gather(1, order)
+            metrics.update(items, batch.targets.values.cpu())
         result |= {f"{name}/{key}": value for key, value in metrics.compute().items()}
     return result

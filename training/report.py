@@ -55,7 +55,7 @@ def table(title: str, metrics: dict[str, float], folder: Path, show: bool) -> No
     print(f"Run folder: {folder}")
 
 
-def retrieval_table(metrics: dict[str, float], split: str, folder: Path, show: bool) -> None:
+def retrieval_table(metrics: dict[str, float], setting: str, folder: Path, show: bool) -> None:
     """One row each for the model and the baselines; metrics in columns."""
     if not show:
         return
@@ -66,7 +66,7 @@ def retrieval_table(metrics: dict[str, float], split: str, folder: Path, show: b
         "this model (valid)": "valid/",
         "this model (test)": "test/",
     }
-    print(f"\nFull-catalogue ranking, {split} split")
+    print(f"\nFull-catalogue ranking, {setting}")
     print(" " * 22 + "".join(f"{name:>11}" for name in names))
     for row, prefix in rows.items():
         print(f"  {row:<20}" + "".join(f"{metrics[prefix + name]:>11.4f}" for name in names))

@@ -3,6 +3,7 @@
 import torch
 
 from data.schemas import RankedItems, TokenizedSeqBatch
+from data.utils import is_consumed
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
 
@@ -11,8 +12,8 @@ from modules.model import EncoderDecoderRetrievalModel
 def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, trie: Trie, beams: int) -> RankedItems:
     """The `beams` best items of every user, by log-probability; exact where no level has more prefixes than beams.
 
-    Every beam walks the trie, so each result is an item of the catalogue. Where a user has fewer than `beams`
-    reachable items the rest is -1 with log-probability -inf.
+    Every beam walks the trie, so each result is an item of the catalogue, and none that `batch.consumed` lists.
+    Where a user has fewer than `beams` reachable items the rest is -1 with log-probability -inf.
 
     Shape: B users -> items, log_probs [B, min(beams, N)].
     """
@@ -26,6 +27,9 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
         logits, cache = model.next_code(codes, memory, cache)  # [B, K, V]
         log_probs, child, code = trie.log_probs(logits, level, nodes)  # [B, K, fanout]
         total = (scores[..., None] + log_probs).flatten(1)  # [B, K * fanout]
+        if batch.consumed is not None and level == trie.n_levels - 1:
+            seen = is_consumed(trie.leaf_items[child].flatten(1), batch.consumed)
+            total = total.masked_fill(seen, float("-inf"))
         kept = min(beams, total.shape[1], len(trie.code[level]))
         scores, best = total.topk(kept, dim=1)  # sorted, best first
         parent = best // trie.fanout[level]  # [B, kept]

@@ -6,6 +6,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from data.schemas import TokenizedSeqBatch
 from modules.model import EncoderDecoderRetrievalModel
+from modules.transformer.attention import RelativePositionBias
 from ops.jagged import JaggedTensor
 
 
@@ -40,7 +41,7 @@ def make_batch(codes: Tensor, histories: list[list[int]], targets: list[list[int
 
 
 def dense_attention(layer, x: Tensor, memory: Tensor, visible: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-    """x [B, Q, dim], memory [B, K, dim], visible [B, Q, K] bool, bias [H, Q, K] -> [B, Q, dim]."""
+    """x [B, Q, dim], memory [B, K, dim], visible [B, Q, K] bool, bias [B or 1, H, Q, K] -> [B, Q, dim]."""
     heads, width = layer.n_heads, layer.n_heads * layer.head_dim
     query = (x @ layer.query.weight.T).unflatten(-1, (heads, -1))
     key, value = ((memory @ part.T).unflatten(-1, (heads, -1)) for part in layer.key_value.weight.split(width))
@@ -57,6 +58,12 @@ def dense_ff(block, x: Tensor) -> Tensor:
     return (dense_norm(block.ff_norm, x) @ block.ff.wide.weight.T).clamp_min(0) @ block.ff.narrow.weight.T
 
 
+def dense_bias(bias: RelativePositionBias, distance: Tensor, bidirectional: bool) -> Tensor:
+    """distance key - query [B, Q, K] -> [B, H, Q, K]."""
+    buckets = T5Attention._relative_position_bucket(distance, bidirectional, num_buckets=32, max_distance=128)
+    return bias.table.weight[buckets].movedim(-1, 1)
+
+
 def dense_encoder(model: EncoderDecoderRetrievalModel, codes: Tensor, histories, users) -> tuple[Tensor, Tensor]:
     """Encoded histories, padded with noise [B, M, dim], and which of their tokens are real [B, M]."""
     rows = []
@@ -70,8 +77,7 @@ def dense_encoder(model: EncoderDecoderRetrievalModel, codes: Tensor, histories,
     visible = (real | (place == 0))[:, None].expand(-1, longest, -1)
     if model.causal_encoder:
         visible = visible & (place <= place[:, None])
-    buckets = T5Attention._relative_position_bucket(place - place[:, None], num_buckets=32, max_distance=128)
-    bias = model.encoder.bias.table.weight[buckets].permute(2, 0, 1)
+    bias = dense_bias(model.encoder.bias, (place - place[:, None])[None], not model.causal_encoder)
     for block in model.encoder.blocks:
         normed = dense_norm(block.attention_norm, x)
         x = x + dense_attention(block.attention, normed, normed, visible, bias)
@@ -82,15 +88,15 @@ def dense_encoder(model: EncoderDecoderRetrievalModel, codes: Tensor, histories,
 def dense_logits(model: EncoderDecoderRetrievalModel, codes: Tensor, histories, targets, users) -> list[Tensor]:
     """Logits [P, V_level] of each level: every target is decoded from a padded copy of its user's history."""
     encoded, real = dense_encoder(model, codes, histories, users)
-    levels, sequences, seen = codes.shape[1], [], []
-    place = torch.arange(encoded.shape[1])
+    levels, sequences, limits = codes.shape[1], [], []
     for row, (history, items) in enumerate(zip(histories, targets, strict=True)):
         for i in range(len(items)):
             sequences.append(row)
-            before = len(history) - len(items) + 1 + i  # items the target follows
-            seen.append(real[row] & (place < 1 + before * levels) if model.causal_encoder else real[row])
-    memory = encoded[sequences]
-    visible = torch.stack(seen)[:, None].expand(-1, levels, -1)
+            limits.append(1 + (len(history) - len(items) + 1 + i) * levels)  # the user, and the items it follows
+    memory, limit = encoded[sequences], torch.tensor(limits)[:, None, None]  # [P, M, dim], [P, 1, 1]
+    place = torch.arange(encoded.shape[1])
+    visible = (real[sequences][:, None] & (place < limit)).expand(-1, levels, -1)
+    bias = dense_bias(model.decoder.bias, place - (limit - 1), bidirectional=False)
     target_codes = codes[torch.tensor([item for items in targets for item in items])]
     before = model.code_embedder(target_codes)[:, :-1]
     x = torch.cat([model.start.expand(len(before), 1, -1), before], 1)
@@ -98,7 +104,7 @@ def dense_logits(model: EncoderDecoderRetrievalModel, codes: Tensor, histories, 
     for block in model.decoder.blocks:
         normed = dense_norm(block.attention_norm, x)
         x = x + dense_attention(block.attention, normed, normed, causal)
-        x = x + dense_attention(block.cross_attention, dense_norm(block.cross_norm, x), memory, visible)
+        x = x + dense_attention(block.cross_attention, dense_norm(block.cross_norm, x), memory, visible, bias)
         x = x + dense_ff(block, x)
     logits = dense_norm(model.decoder.norm, x) @ model.head.weight.T  # [P, L', sum of the level sizes]
     starts = [sum(model.level_sizes[:level]) for level in range(levels)]

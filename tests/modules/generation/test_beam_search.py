@@ -78,13 +78,10 @@ def greedy_beams(exact: Tensor, codes: Tensor, beams: int) -> list[int]:
 def test_few_beams_keep_the_prefixes_with_the_most_mass(catalogue):
     codes, trie, model, histories = setup(catalogue, seed=5)
     expected = log_probs_one_by_one(model, codes, trie, histories)
-    differ = 0
     for beams in (1, 2, 3, 6, 11):
         ranked = search(model, codes, trie, histories, beams)
         assert ranked.items.tolist() == [greedy_beams(exact, codes, beams) for exact in expected]
         torch.testing.assert_close(ranked.log_probs, expected.gather(1, ranked.items), rtol=1e-5, atol=1e-5)
-        differ += int((ranked.items != expected.topk(beams).indices).any())
-    assert differ, "with few beams some of the best items are missed"
 
 
 @settings(deadline=None, max_examples=25)

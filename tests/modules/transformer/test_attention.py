@@ -9,21 +9,22 @@ from modules.transformer.attention import Attention, RelativePositionBias
 from ops.jagged import JaggedTensor
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("n_buckets", "max_distance"), [(32, 128), (32, 256), (16, 64), (8, 20)])
-def test_buckets_are_those_of_t5(n_buckets, max_distance):
-    bias = RelativePositionBias(3, n_buckets, max_distance)
+def test_buckets_are_those_of_t5(n_buckets, max_distance, bidirectional):
+    bias = RelativePositionBias(3, bidirectional, n_buckets, max_distance)
     nn.init.normal_(bias.table.weight)
     distance = torch.arange(-max_distance, max_distance + 1)
-    bucket = T5Attention._relative_position_bucket(distance, True, n_buckets, max_distance)
+    bucket = T5Attention._relative_position_bucket(distance, bidirectional, n_buckets, max_distance)
     assert torch.equal(bias(), bias.table.weight[bucket].T)
 
 
-def test_beyond_the_largest_distance_t5_uses_the_last_bucket_too():
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_beyond_the_largest_distance_t5_uses_the_last_bucket_too(bidirectional):
     """So clamping the distance, as jagged attention does, changes nothing."""
-    bias = RelativePositionBias(1)
     far = torch.tensor([-100_000, -129, 129, 100_000])
-    expected = T5Attention._relative_position_bucket(far, True, 32, 128)
-    assert expected.tolist() == bias.bucket[[0, 0, -1, -1]].tolist()
+    expected = T5Attention._relative_position_bucket(far, bidirectional, 32, 128)
+    assert expected.tolist() == RelativePositionBias(1, bidirectional).bucket[[0, 0, -1, -1]].tolist()
 
 
 @pytest.mark.parametrize("causal", [True, False])
