@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import gin
 
@@ -10,7 +11,7 @@ import gin
 def run(train: Callable[[], object], description: str) -> None:
     """Parses the command line, binds the gin config and calls `train`.
 
-    Bad input (ValueError, FileNotFoundError) ends with one message and exit status 2; --traceback shows all.
+    Bad input (ValueError, OSError) ends with one message and exit status 1; --traceback shows all.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -23,10 +24,12 @@ def run(train: Callable[[], object], description: str) -> None:
     )
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     arguments = parser.parse_args()
+    if not Path(arguments.config).is_file():
+        sys.exit(f"error: there is no config file {arguments.config}")
     try:
         gin.parse_config_files_and_bindings([arguments.config], arguments.gin)
         train()
-    except (ValueError, FileNotFoundError, OSError) as error:
+    except (ValueError, OSError) as error:
         if arguments.traceback:
             raise
         message = str(error).split("\n  In call to configurable")[0]
