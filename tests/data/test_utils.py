@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data.schemas import Interactions, SeqBatch
 from data.splits import every_prefix, leave_one_out, windows
-from data.utils import SequenceSource, Shuffler, derive_seed, tokenize
+from data.utils import SequenceSource, Shuffler, derive_seed, is_consumed, tokenize
 from ops.jagged import JaggedTensor
 
 CPU = torch.device("cpu")
@@ -78,6 +78,28 @@ def test_every_position_is_the_target_of_what_came_before_it(rows, max_items, da
         for i, target in enumerate(targets):
             before = position - len(targets) + 1 + i
             assert target == user[before] and history[: seen + i] == user[max(0, position - max_items) : before]
+
+
+@settings(deadline=None, max_examples=25)
+@given(users_strategy, st.integers(1, 10))
+def test_consumed_is_all_that_came_before_the_target(rows, max_items):
+    interactions = to_interactions(rows)
+    samples = leave_one_out(interactions).test
+    if len(samples) == 0:
+        return
+    source = SequenceSource(interactions, samples, max_items, CPU, exclude_history=True)
+    batch = tokenize(source.batch(torch.arange(len(samples))), torch.zeros(31, 2, dtype=torch.int64))
+    assert to_rows(batch.consumed) == [row[:-1] for row in rows if len(row) >= 3]
+    assert SequenceSource(interactions, samples, max_items, CPU).batch(torch.arange(1)).consumed is None
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=7), min_size=1, max_size=5), st.integers(1, 12), st.data())
+def test_what_is_consumed_is_found_in_its_row_only(rows, width, data):
+    consumed = JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in rows])
+    items = [data.draw(st.lists(st.integers(0, 12), min_size=width, max_size=width)) for _ in rows]
+    expected = [[item in row for item in asked] for asked, row in zip(items, rows, strict=True)]
+    assert is_consumed(torch.tensor(items), consumed).tolist() == expected
 
 
 @settings(deadline=None, max_examples=25)

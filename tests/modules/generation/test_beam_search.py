@@ -1,5 +1,6 @@
 """Beam search against ranking every item by its own forward pass."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from modules.generation.beam_search import beam_search
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
+from ops.jagged import JaggedTensor
 from tests.modules.helpers import make_batch, make_model, random_catalogue
 
 CATALOGUES = [  # items, codebook size, levels: many collisions, some, none
@@ -93,6 +95,25 @@ def test_every_beam_is_a_distinct_item(n_items, size, levels, beams, seed):
     for items, log_probs in zip(ranked.items.tolist(), ranked.log_probs.tolist(), strict=True):
         assert len(set(items)) == len(items) and set(items) <= set(range(n_items))
         assert log_probs == sorted(log_probs, reverse=True) and sum(map(math.exp, log_probs)) < 1 + 1e-5
+
+
+@pytest.mark.parametrize("catalogue", CATALOGUES)
+def test_consumed_items_are_left_out_and_their_places_stay_empty(catalogue):
+    codes, trie, model, histories = setup(catalogue)
+    n_items = len(codes)
+    consumed = [[], list(range(n_items)), list(range(0, n_items, 2)), [0, 0, n_items - 1]]
+    batch = make_batch(codes, histories, [[0]] * 4)
+    consumed_rows = JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in consumed])
+    batch = dataclasses.replace(batch, consumed=consumed_rows)
+    expected = log_probs_one_by_one(model, codes, trie, histories)
+    ranked = beam_search(model, batch, trie, beams=n_items)
+    for items, log_probs, exact, gone in zip(ranked.items.tolist(), ranked.log_probs, expected, consumed, strict=True):
+        best = [item for item in exact.argsort(descending=True).tolist() if item not in gone]
+        empty = n_items - len(best)
+        assert items == best + [-1] * empty
+        torch.testing.assert_close(log_probs, torch.cat([exact[best], torch.full((empty,), -torch.inf)]))
+    for items, gone in zip(beam_search(model, batch, trie, beams=3).items.tolist(), consumed, strict=True):
+        assert not set(items) & set(gone)
 
 
 def test_the_search_is_deterministic():
