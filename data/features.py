@@ -154,7 +154,8 @@ def item_features(
     """The vectors of all sources side by side; each cached in `<dataset_folder>/features/<corpus.name>`.
 
     Of several sources, each is divided by the deviation of its rows (one number a source), so that all have
-    the same say. train_lengths: [U] int64, what a source may read of the interactions.
+    the same say; a constant source stays as it is. train_lengths: [U] int64, what a source may read of the
+    interactions.
     force: compute again. categories: append one 0/1 column a category, sorted by name. The array may be
     written to, the files do not change.
 
@@ -172,7 +173,8 @@ def item_features(
         path = folder / f"{slug}-{key}.npy"
         blocks.append(_cached(path, corpus.n_items, partial(_compute, source, corpus, train_lengths), force))
     if len(blocks) > 1:
-        blocks = [block / max(float(block.var(0).sum()) ** 0.5, 1e-6) for block in blocks]
+        deviations = [float(block.var(0, dtype=np.float64).sum()) ** 0.5 for block in blocks]
+        blocks = [block / (size if size > 1e-6 else 1) for block, size in zip(blocks, deviations, strict=True)]
     identity, n_cat_features = " + ".join(source.identity for source in sources), 0
     if categories:
         path = folder / f"categories-{corpus.hash}.npy"

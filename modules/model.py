@@ -1,18 +1,17 @@
 """The retriever: encodes a user's history of semantic IDs and generates the next item's."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import gin
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.schemas import TokenizedSeqBatch
 from modules.embedding.id_embedder import SemIdEmbedder, UserEmbedder
 from modules.generation.trie import Trie
+from modules.pretrained import load_pretrained, save_pretrained
 from modules.transformer.attention import KeyValue
 from modules.transformer.model import Decoder, Encoder, KeyValueCache, MemoryView, TransformerConfig
 from ops.jagged import jagged_prepend
@@ -164,17 +163,12 @@ class EncoderDecoderRetrievalModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into the folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+        save_pretrained(self, self.config, folder)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "EncoderDecoderRetrievalModel":
-        """Reads what `save_pretrained` wrote, in evaluation mode."""
-        folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
+        """Reads what `save_pretrained` wrote, in evaluation mode; see `modules.pretrained.load_pretrained`."""
+        config, weights = load_pretrained(folder)
         model = EncoderDecoderRetrievalModel(**config)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(weights)
         return model.eval()

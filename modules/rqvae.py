@@ -1,18 +1,17 @@
 """RQ-VAE: an autoencoder whose latent vector is a sum of one code per level (Lee et al. 2022; Rajput et al. 2023)."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import gin
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.encoder import MLP
 from modules.kmeans import kmeans
 from modules.loss import reconstruction_loss
 from modules.normalize import Standardize
+from modules.pretrained import load_pretrained, save_pretrained
 from modules.quantize import Quantize, QuantizeMode
 
 
@@ -181,21 +180,13 @@ class RqVae(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into the folder."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, folder / "model.safetensors")
+        save_pretrained(self, self.config, folder)
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "RqVae":
-        """Reads what `save_pretrained` wrote. FileNotFoundError names a missing file."""
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: not a tokenizer saved by train_rqvae.py.")
-        config = json.loads((folder / "config.json").read_text())
+        """Reads what `save_pretrained` wrote, in evaluation mode; see `modules.pretrained.load_pretrained`."""
+        config, weights = load_pretrained(folder)
         config["codebook_mode"] = QuantizeMode(config["codebook_mode"])
         model = RqVae(**config)
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(weights)
         return model.eval()

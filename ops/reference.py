@@ -60,7 +60,8 @@ def jagged_attention(
     k = jagged_to_padded(key, key_offsets, max_key).transpose(1, 2)  # [B, H, Mk, D]
     v = jagged_to_padded(value, key_offsets, max_key).transpose(1, 2)
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    scores = (q @ k.transpose(-1, -2)).to(accumulate) * scale  # [B, H, Mq, Mk]
+    with torch.autocast(query.device.type, enabled=False):  # which would round the scores to half precision
+        scores = q.to(accumulate) @ k.to(accumulate).transpose(-1, -2) * scale  # [B, H, Mq, Mk]
     lengths = key_offsets.diff()[:, None]  # [B, 1]
     limits = lengths.expand(-1, max_query)
     if key_limits is not None:

@@ -13,7 +13,8 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
     """The `beams` best items of every user, by log-probability; exact where no level has more prefixes than beams.
 
     Every beam walks the trie, so each result is an item of the catalogue, and none that `batch.consumed` lists.
-    Where a user has fewer than `beams` reachable items the rest is -1 with log-probability -inf.
+    Where consumed items leave fewer than `beams`, the rest is -1 with log-probability -inf. The model should be
+    in evaluation mode.
 
     Shape: B users -> items, log_probs [B, min(beams, N)].
     """

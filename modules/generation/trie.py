@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modules.tokenizer.semids import lexicographic_order
+
 
 @dataclass(frozen=True)
 class Trie:
@@ -39,9 +41,7 @@ class Trie:
         """codes: [N, L'] distinct rows; row n belongs to item n. ValueError names two items with equal codes."""
         codes = codes.long()
         n_items, n_levels = codes.shape
-        order = torch.arange(n_items, device=codes.device)
-        for level in reversed(range(n_levels)):  # stable sorts from the last key to the first
-            order = order[codes[order, level].argsort(stable=True)]
+        order = lexicographic_order(codes)
         ordered = codes[order]
         opens = torch.ones_like(ordered, dtype=torch.bool)  # row starts a new prefix of length d + 1
         opens[1:] = (ordered[1:] != ordered[:-1]).cumsum(1) > 0

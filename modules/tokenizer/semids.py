@@ -1,5 +1,6 @@
 """Semantic IDs of a catalogue: the only thing the second stage takes from the first."""
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,7 @@ class SemanticIds:
             "corpus_name": self.corpus_name,
             "corpus_hash": self.corpus_hash,
             "tokenizer": json.dumps(self.tokenizer),
+            "codes_sha256": _digest(self.codes),
         }
         tensors = {"codes": self.codes.to(torch.int32).contiguous(), "key_data": data, "key_offsets": offsets}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +99,8 @@ class SemanticIds:
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            if metadata["codes_sha256"] != _digest(tensors["codes"]):
+                raise ValueError("the codes are not those that were written")
             return SemanticIds(
                 tensors["codes"].long(),
                 tuple(json.loads(metadata["level_sizes"])),
@@ -109,6 +113,10 @@ class SemanticIds:
             raise ValueError(
                 f"{file} holds no usable semantic IDs ({error}). Run train_rqvae.py again to write it anew."
             ) from error
+
+
+def _digest(codes: Tensor) -> str:
+    return hashlib.sha256(codes.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
 
 
 def _find(path: Path) -> Path:
@@ -125,16 +133,22 @@ def _find(path: Path) -> Path:
 
 
 def rank_within_equal(codes: Tensor) -> Tensor:
-    """For each row, how many earlier rows equal it. Shape: codes [N, L] -> [N] int64.
-
-    One stable sort per level, no comparison of pairs.
-    """
-    order = torch.arange(len(codes))
-    for level in reversed(range(codes.shape[1])):
-        order = order[codes[order, level].argsort(stable=True)]
+    """For each row, how many earlier rows equal it. Shape: codes [N, L] -> [N] int64."""
+    order = lexicographic_order(codes)
     ordered = codes[order]
     opens = torch.ones(len(codes), dtype=torch.bool)
     opens[1:] = (ordered[1:] != ordered[:-1]).any(1)
     position = torch.arange(len(codes))
     group_start = torch.where(opens, position, 0).cummax(0).values
     return torch.empty_like(order).index_copy(0, order, position - group_start)
+
+
+def lexicographic_order(codes: Tensor) -> Tensor:
+    """Row numbers in the order of the rows, equal rows in their own order; one stable sort a level.
+
+    Shape: codes [N, L] -> [N] int64.
+    """
+    order = torch.arange(len(codes), device=codes.device)
+    for level in reversed(range(codes.shape[1])):  # from the last key to the first
+        order = order[codes[order, level].argsort(stable=True)]
+    return order
