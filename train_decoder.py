@@ -99,7 +99,7 @@ def train(
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-    first, best = 0, -1.0
+    first, best = 0, {}  # best: validation metrics of the best checkpoint
     if run.last is not None:
         load_model(run.last, model)
         state = load_state(run.last, optimizer)
@@ -119,6 +119,7 @@ def train(
         start=f"step {first:,} of {iterations:,}",
         show=accelerator.is_main_process,
     )
+    chosen_by = f"ndcg@{max(top_k)}"
     shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed)
     bar = report.progress(iterations, first, accelerator.is_main_process)
     model.train()
@@ -148,22 +149,24 @@ def train(
             levels = {f"loss_level_{n + 1}": loss for n, loss in enumerate(losses.level_losses)}
             values = report.finite({"loss": losses.loss, **levels, "gradient_norm": norm}, done, run.checkpoints)
             run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
-            bar.set_postfix(loss=f"{values['loss']:.3f}", examples=report.per_second(bar, batch_size), refresh=False)
+            bar.set_postfix(
+                loss=f"{values['loss']:.3f}", examples=report.per_second(bar, shuffler.batch_size), refresh=False
+            )
         if due(done, partial_eval_every, iterations):
             run.log(done, "valid", {"loss": validation_loss(model, valid, trie, eval_batch_size, accelerator)})
         improved = False
         if due(done, full_eval_every, iterations):
             metrics = evaluate(valid)
             run.log(done, "valid", metrics)
-            improved = metrics[f"ndcg@{max(top_k)}"] > best
-            best = max(best, metrics[f"ndcg@{max(top_k)}"])
+            improved = metrics[chosen_by] > best.get(chosen_by, -1.0)
+            best = metrics if improved else best
         if (improved or due(done, save_model_every, iterations)) and accelerator.is_main_process:
             run.checkpoints.save(done, model, optimizer, {"config": bindings(), "best": best}, improved)
     bar.close()
 
     accelerator.wait_for_everyone()
     load_model(run.checkpoints.marked("BEST"), model)
-    metrics = {f"valid/{name}": value for name, value in evaluate(valid).items()}
+    metrics = {f"valid/{name}": value for name, value in best.items()}
     metrics |= {f"test/{name}": value for name, value in evaluate(test).items()}
     baselines = baseline_metrics(test, splits.train_lengths, corpus.n_items, top_k)
     metrics |= {f"test/{name}": value for name, value in baselines.items()}
