@@ -19,7 +19,7 @@ from modules.tokenizer.semids import SemanticIds
 from training import cli, plots, report
 from training.checkpoint import load_model, load_state
 from training.evaluate import baseline_metrics, retrieval_metrics, validation_loss
-from training.run import Run, bindings
+from training.run import Run
 from training.schedule import due, warmup_cosine
 
 
@@ -75,11 +75,13 @@ def train(
     )
     device = accelerator.device
     with accelerator.main_process_first():
-        corpus = load_corpus(dataset, dataset_folder, dataset_split, force_dataset_process)
+        force = force_dataset_process and accelerator.is_local_main_process
+        corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
     semantic_ids = SemanticIds.load(pretrained_rqvae_path.format(corpus=corpus.name))
     semantic_ids.check_corpus(corpus.name, corpus.hash)
     run = Run(
         save_dir_root.format(corpus=corpus.name),
+        {"corpus": corpus.hash, "semantic_ids": semantic_ids.digest},
         accelerator.is_main_process,
         wandb_project if wandb_logging else None,
         resume,
@@ -91,7 +93,9 @@ def train(
     samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)
     source = SequenceSource(corpus.interactions, samples, max_items, device, every_position)
     valid = SequenceSource(corpus.interactions, splits.valid, max_items, device, exclude_history=exclude_history)
-    test = SequenceSource(corpus.interactions, splits.test, max_items, device, exclude_history=exclude_history)
+    test = {"test": SequenceSource(corpus.interactions, splits.test, max_items, device, False, exclude_history)}
+    if exclude_history:  # for comparison with those who rank all items
+        test["test_all_items"] = SequenceSource(corpus.interactions, splits.test, max_items, device)
 
     set_seed(seed)
     model = EncoderDecoderRetrievalModel(level_sizes=semantic_ids.level_sizes).to(device)
@@ -104,6 +108,9 @@ def train(
         load_model(run.last, model)
         state = load_state(run.last, optimizer)
         first, best = state["step"], state["best"]
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    run.save_config()
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
     def evaluate(split: SequenceSource) -> dict[str, float]:
@@ -121,6 +128,8 @@ def train(
     )
     chosen_by = f"ndcg@{max(top_k)}"
     shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed)
+    n_shares = accelerator.num_processes * gradient_accumulate_every
+    shuffler.check_shares(n_shares)
     bar = report.progress(iterations, first, accelerator.is_main_process)
     model.train()
     for step in range(first, iterations):
@@ -129,7 +138,6 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * factor
         index, uniform = shuffler.draw(step)
-        n_shares = accelerator.num_processes * gradient_accumulate_every
         shares = list(zip(index.tensor_split(n_shares), uniform.tensor_split(n_shares), strict=True))
         targets = source.n_targets(index, uniform)
         for share in shares[accelerator.process_index :: accelerator.num_processes]:
@@ -145,7 +153,7 @@ def train(
         done = step + 1
         bar.update()
 
-        if due(done, log_every, iterations):
+        if any(due(done, every, iterations) for every in (log_every, save_model_every, full_eval_every)):
             levels = {f"loss_level_{n + 1}": loss for n, loss in enumerate(losses.level_losses)}
             values = report.finite({"loss": losses.loss, **levels, "gradient_norm": norm}, done, run.checkpoints)
             run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
@@ -161,21 +169,22 @@ def train(
             improved = metrics[chosen_by] > best.get(chosen_by, -1.0)
             best = metrics if improved else best
         if (improved or due(done, save_model_every, iterations)) and accelerator.is_main_process:
-            run.checkpoints.save(done, model, optimizer, {"config": bindings(), "best": best}, improved)
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            state = {"config": run.config, "best": best, "scaler": scaler}
+            run.checkpoints.save(done, model, optimizer, state, improved)
     bar.close()
 
     accelerator.wait_for_everyone()
-    load_model(run.checkpoints.marked("BEST"), model)
+    load_model(run.checkpoints.best(), model)
     metrics = {f"valid/{name}": value for name, value in best.items()}
-    metrics |= {f"test/{name}": value for name, value in evaluate(test).items()}
-    baselines = baseline_metrics(test, splits.train_lengths, corpus.n_items, top_k)
-    metrics |= {f"test/{name}": value for name, value in baselines.items()}
+    for name, split in test.items():
+        figures = evaluate(split) | baseline_metrics(split, splits.train_lengths, corpus.n_items, top_k)
+        metrics |= {f"{name}/{key}": value for key, value in figures.items()}
     if accelerator.is_main_process:
         model.save_pretrained(run.root / "model")
         plots.retriever(run.root)
     run.finish(metrics)
-    candidates = "items not yet consumed" if exclude_history else "all items"
-    report.retrieval_table(metrics, f"{splits.name} split, {candidates}", run.root, show=accelerator.is_main_process)
+    report.retrieval_table(metrics, splits.name, exclude_history, run.root, show=accelerator.is_main_process)
     accelerator.end_training()
     return metrics
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import gin
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast, set_seed
 
 from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
 from data.features import FeatureSource, item_features
@@ -25,7 +26,7 @@ from modules.tokenizer.semids import SemanticIds
 from training import cli, plots, report
 from training.checkpoint import load_model, load_state
 from training.metrics import codebook_usage, collision_rate
-from training.run import Run, bindings
+from training.run import Run
 from training.schedule import due, warmup_cosine
 
 KMEANS_ROWS = 20_000  # rows the first codebooks are fitted on
@@ -75,13 +76,13 @@ def train(
     )
     device = accelerator.device
     with accelerator.main_process_first():
-        corpus = load_corpus(dataset, dataset_folder, dataset_split, force_dataset_process)
+        force = force_dataset_process and accelerator.is_local_main_process
+        corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
         splits = leave_one_out(corpus.interactions)
-        described = item_features(
-            corpus, features, dataset_folder, splits.train_lengths, force_dataset_process, categories
-        )
+        described = item_features(corpus, features, dataset_folder, splits.train_lengths, force, categories)
     run = Run(
         save_dir_root.format(corpus=corpus.name),
+        {"corpus": corpus.hash, "features": described.identity},
         accelerator.is_main_process,
         wandb_project if wandb_logging else None,
         resume,
@@ -98,7 +99,11 @@ def train(
         model.initialize(x[rows], generator)
     else:
         load_model(run.last, model)
-        first = load_state(run.last, optimizer)["step"]
+        state = load_state(run.last, optimizer)
+        first = state["step"]
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+    run.save_config()
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
     report.heading(
@@ -110,6 +115,8 @@ def train(
         show=accelerator.is_main_process,
     )
     shuffler = Shuffler(len(x), batch_size * gradient_accumulate_every, seed)
+    n_shares = accelerator.num_processes * gradient_accumulate_every
+    shuffler.check_shares(n_shares)
     bar = report.progress(iterations, first, accelerator.is_main_process)
     model.train()
     for step in range(first, iterations):
@@ -120,12 +127,10 @@ def train(
         start, end = gumbel_temperature
         temperature = start * (end / start) ** (step / iterations)
         index, _ = shuffler.draw(step)
-        shares = index.tensor_split(accelerator.num_processes * gradient_accumulate_every)
-        mine = shares[accelerator.process_index :: accelerator.num_processes]
-        for share in mine:
+        for share in index.tensor_split(n_shares)[accelerator.process_index :: accelerator.num_processes]:
             with accelerator.accumulate(prepared):
                 losses = prepared(x[share.to(device)], temperature)
-                weight = len(share) * len(shares) / len(index)  # shares may differ by one row
+                weight = len(share) * n_shares / len(index)  # shares may differ by one row
                 accelerator.backward(losses.loss * weight)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
@@ -135,8 +140,8 @@ def train(
         bar.update()
 
         if refit_every and due(done, refit_every, iterations):
-            model.fit_codebooks(x[rows], torch.Generator(device).manual_seed(derive_seed(seed, "refit", step)))
-        if due(done, log_every, iterations):
+            refit(model, x[rows], optimizer, derive_seed(seed, "refit", step))
+        if due(done, log_every, iterations) or due(done, save_model_every, iterations):
             values = report.finite(
                 {
                     "loss": losses.loss,
@@ -149,15 +154,15 @@ def train(
             run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         if due(done, eval_every, iterations):
-            run.log(done, "catalogue", catalogue_metrics(model.codes(x), model.config["codebook_size"]))
+            run.log(done, "catalogue", catalogue_metrics(model, x))
         if due(done, save_model_every, iterations) and accelerator.is_main_process:
-            run.checkpoints.save(done, model, optimizer, {"config": bindings()})
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            run.checkpoints.save(done, model, optimizer, {"config": run.config, "scaler": scaler})
     bar.close()
 
-    codes = model.codes(x)
-    metrics = catalogue_metrics(codes, model.config["codebook_size"])
+    metrics = catalogue_metrics(model, x)
     if accelerator.is_main_process:
-        semantic_ids = save_tokenizer(run.root / "tokenizer", model, codes, corpus, described.identity)
+        semantic_ids = save_tokenizer(run.root / "tokenizer", model, model.codes(x), corpus, described.identity)
         metrics["extra_level_size"] = semantic_ids.level_sizes[-1]
         plots.tokenizer(run.root)
     run.finish(metrics)
@@ -166,9 +171,20 @@ def train(
     return metrics
 
 
-def catalogue_metrics(codes: torch.Tensor, codebook_size: int) -> dict[str, float]:
-    """Usage and entropy of each level, and how many items share all their codes. codes: [N, L]."""
-    return {**codebook_usage(codes, codebook_size), "collision_rate": collision_rate(codes)}
+def refit(model: RqVae, x: torch.Tensor, optimizer: AcceleratedOptimizer, seed: int) -> None:
+    """Fits the codebooks to rows x [N, D] as the encoder sees them now, the same on every process."""
+    model.fit_codebooks(x, torch.Generator(x.device).manual_seed(seed))
+    for layer in model.layers:
+        broadcast(layer.codebook.data)
+        for moment in optimizer.state.get(layer.codebook, {}).values():
+            moment.zero_()  # of other codes; Adam's step count starts again with them
+
+
+def catalogue_metrics(model: RqVae, x: torch.Tensor) -> dict[str, float]:
+    """Losses over all items, usage and entropy of each level, and how many items share all their codes."""
+    codes = model.codes(x)
+    usage = codebook_usage(codes, model.config["codebook_size"])
+    return {**model.losses(x), **usage, "collision_rate": collision_rate(codes)}
 
 
 def save_tokenizer(folder: Path, model: RqVae, codes: torch.Tensor, corpus, features: str) -> SemanticIds:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from data.schemas import Interactions
-from ops.reference import row_indices
+from data.splits import in_training
+from ops.jagged import row_indices
 
 
 class MostPopular:
@@ -15,7 +16,7 @@ class MostPopular:
     """
 
     def __init__(self, interactions: Interactions, train_lengths: Tensor, n_items: int) -> None:
-        items = interactions.items[_in_training(interactions, train_lengths)].long()
+        items = interactions.items[in_training(interactions, train_lengths)].long()
         counts = torch.bincount(items, minlength=n_items)
         self.order = counts.sort(descending=True, stable=True).indices  # [N]
 
@@ -40,7 +41,7 @@ class Transition:
     def __init__(self, interactions: Interactions, train_lengths: Tensor, n_items: int) -> None:
         self.popular = MostPopular(interactions, train_lengths, n_items)
         users = row_indices(interactions.offsets, len(interactions))
-        follows = _in_training(interactions, train_lengths)[1:] & (users[1:] == users[:-1])
+        follows = in_training(interactions, train_lengths)[1:] & (users[1:] == users[:-1])
         items = interactions.items.long()
         pairs, counts = torch.unique((items[:-1] * n_items + items[1:])[follows], return_counts=True)
         self.pairs, self.n_items = pairs, n_items  # item * N + follower, ascending
@@ -63,10 +64,3 @@ class Transition:
         fresh = self.pairs[found] != wanted  # popular items that are not followers
         first = torch.cat([known, fresh], dim=1).sort(dim=1, descending=True, stable=True).indices[:, :k]
         return torch.cat([followers, popular], dim=1).gather(1, first)
-
-
-def _in_training(interactions: Interactions, train_lengths: Tensor) -> Tensor:
-    """[T] bool: whether an interaction is training data."""
-    users = row_indices(interactions.offsets, len(interactions))
-    positions = torch.arange(len(interactions), device=users.device) - interactions.offsets[users]
-    return positions < train_lengths[users]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import gin
 import numpy as np
-import torch
 from torch import Tensor
 
 from data.corpus import Corpus
 from data.schemas import Interactions
-from ops.reference import row_indices
+from data.splits import in_training
+from ops.jagged import row_indices
 
 
 @gin.configurable
@@ -72,8 +72,7 @@ def cooccurrence_counts(interactions: Interactions, train_lengths: Tensor, n_ite
     from scipy.sparse import coo_matrix
 
     users = row_indices(interactions.offsets, len(interactions))
-    positions = torch.arange(len(interactions)) - interactions.offsets[users]
-    training = positions < train_lengths[users]
+    training = in_training(interactions, train_lengths)
     items, total = interactions.items.numpy(), coo_matrix((n_items, n_items)).tocsr()
     for distance in range(1, window + 1):
         near = ((users[distance:] == users[:-distance]) & training[distance:]).numpy()

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from data.schemas import Interactions, Samples
-from ops.jagged import lengths_to_offsets
-from ops.reference import row_indices
+from ops.jagged import lengths_to_offsets, row_indices
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,13 @@ def leave_one_out(interactions: Interactions) -> Splits:
     valid = Samples(users, lengths[users] - 2, fixed)
     test = Samples(users, lengths[users] - 1, fixed)
     return Splits("leave-one-out", train_lengths, valid, test)
+
+
+def in_training(interactions: Interactions, train_lengths: Tensor) -> Tensor:
+    """[T] bool: whether an interaction is training data. train_lengths: [U] int64."""
+    users = row_indices(interactions.offsets, len(interactions))
+    positions = torch.arange(len(interactions), device=users.device) - interactions.offsets[users]
+    return positions < train_lengths[users]
 
 
 def every_prefix(train_lengths: Tensor) -> Samples:

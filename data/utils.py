@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from data.schemas import Interactions, Samples, SeqBatch, TokenizedSeqBatch
-from ops.jagged import JaggedTensor, lengths_to_offsets
-from ops.reference import row_indices
+from ops.jagged import JaggedTensor, lengths_to_offsets, row_indices
 
 
 class SequenceSource:
@@ -97,6 +96,14 @@ class Shuffler:
             raise ValueError(f"Cannot draw batches of {batch_size} from {n} training samples.")
         self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
         self._epoch, self._order = -1, torch.empty(0)
+
+    def check_shares(self, n: int) -> None:
+        """ValueError where a batch is too small for each of n shares to get a sample."""
+        if n > self.batch_size:
+            raise ValueError(
+                f"A batch of {self.batch_size} samples does not go round {n} shares (processes x "
+                "train.gradient_accumulate_every): raise train.batch_size."
+            )
 
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Sample numbers [B] int64 and a uniform number in [0, 1) for each [B] float64, on the CPU."""

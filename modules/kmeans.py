@@ -17,7 +17,8 @@ class KMeans:
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
     """x [N, D], centroids [K, D] -> [N, K], in the dtype of x and never below zero."""
-    products = x @ centroids.T
+    with torch.autocast(x.device.type, enabled=False):  # in half precision the difference would be noise
+        products = x @ centroids.T
     return (x.square().sum(1, keepdim=True) - 2 * products + centroids.square().sum(1)).clamp_min_(0)
 
 

@@ -14,8 +14,7 @@ from modules.generation.trie import Trie
 from modules.pretrained import load_pretrained, save_pretrained
 from modules.transformer.attention import KeyValue
 from modules.transformer.model import Decoder, Encoder, KeyValueCache, MemoryView, TransformerConfig
-from ops.jagged import jagged_prepend
-from ops.reference import row_indices
+from ops.jagged import jagged_prepend, row_indices
 
 
 @dataclass(frozen=True)

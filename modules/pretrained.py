@@ -7,16 +7,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from data.files import write_file
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_pretrained(model: nn.Module, config: dict, folder: str | Path) -> None:
     """Writes what rebuilds the model: config, the arguments of its class, and its weights."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    (folder / WEIGHTS).write_bytes(save(weights))
+    write_file(folder / WEIGHTS, save(weights))
+    write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:

@@ -87,7 +87,8 @@ class Quantize(nn.Module):
             return Quantized(ids, hard, quantize_loss(x, hard, self.commitment_weight))
         if self.mode is QuantizeMode.GUMBEL_SOFTMAX:
             logits = -squared_distances(x.float(), self.codebook.float())
-            soft = F.gumbel_softmax(logits, tau=temperature) @ self.codebook.float()
+            with torch.autocast(x.device.type, enabled=False):
+                soft = F.gumbel_softmax(logits, tau=temperature) @ self.codebook.float()
             return Quantized(ids, soft.to(x.dtype), quantize_loss(x, soft, self.commitment_weight))
         loss = quantize_loss(x, hard, self.commitment_weight)
         if self.mode is QuantizeMode.ROTATION_TRICK:

@@ -1,5 +1,7 @@
 """RQ-VAE: an autoencoder whose latent vector is a sum of one code per level (Lee et al. 2022; Rajput et al. 2023)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,14 @@ class RqVaeLosses:
     reconstruction_loss: Tensor
     quantize_loss: Tensor
     sem_ids: Tensor
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    yield
+    model.train(training)
 
 
 @gin.configurable
@@ -112,7 +122,7 @@ class RqVae(nn.Module):
         """Replaces each level's codebook by the k-means centroids of its residuals. Arguments as of `initialize`.
 
         Gradient steps move a code only while it is chosen, so codes die as the encoder moves away from them;
-        k-means leaves none unused, and minimizes the same squared distance.
+        k-means spreads them over the residuals again, and minimizes the same squared distance.
         """
         residual = self.encode(x)
         for layer in self.layers:
@@ -172,11 +182,22 @@ class RqVae(nn.Module):
 
         Shape: x [N, input_dim] -> [N, L] int64, on the CPU.
         """
-        training, device = self.training, self.layers[0].codebook.device
-        self.eval()
-        chunks = [self.get_semantic_ids(chunk.to(device)).sem_ids.cpu() for chunk in x.split(batch_size)]
-        self.train(training)
-        return torch.cat(chunks)
+        with _inference(self):
+            return torch.cat([self.get_semantic_ids(chunk).sem_ids.cpu() for chunk in self._chunks(x, batch_size)])
+
+    @torch.no_grad()
+    def losses(self, x: Tensor, batch_size: int = 65536) -> dict[str, float]:
+        """Mean losses over a whole catalogue x [N, input_dim], in inference mode."""
+        totals = torch.zeros(3, dtype=torch.float64)
+        with _inference(self):
+            for chunk in self._chunks(x, batch_size):
+                out = self(chunk)
+                parts = torch.stack([out.loss, out.reconstruction_loss, out.quantize_loss])
+                totals += parts.double().cpu() * len(chunk) / len(x)
+        return dict(zip(("loss", "reconstruction_loss", "quantize_loss"), totals.tolist(), strict=True))
+
+    def _chunks(self, x: Tensor, batch_size: int) -> Iterator[Tensor]:
+        return (chunk.to(self.layers[0].codebook.device) for chunk in x.split(batch_size))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into the folder."""

@@ -46,8 +46,8 @@ class JaggedTensor:
 
     def to(self, device: torch.device | str) -> "JaggedTensor":
         return JaggedTensor(
-            self.values.to(device, non_blocking=True),
-            self.offsets.to(device, non_blocking=True),
+            self.values.to(device),
+            self.offsets.to(device),
             self.max_length,
         )
 
@@ -81,6 +81,11 @@ def lengths_to_offsets(lengths: Tensor) -> Tensor:
     offsets = torch.zeros(lengths.shape[0] + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=offsets[1:])
     return offsets
+
+
+def row_indices(offsets: Tensor, total: int) -> Tensor:
+    """Row number of each of the `total` = `offsets[-1]` values: offsets [B+1] -> [T] int64."""
+    return reference.row_indices(offsets, total)
 
 
 def jagged_prepend(prefix: Tensor, rows: JaggedTensor) -> JaggedTensor:

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import gin
@@ -11,6 +14,7 @@ import pytest
 import train_decoder
 import train_rqvae
 
+REPOSITORY = Path(__file__).parents[1]
 N_ITEMS, N_USERS = 30, 400
 COLOURS = ("red", "green", "blue", "black", "white", "yellow")
 THINGS = ("ball", "lamp", "shoe", "book", "chair")
@@ -44,8 +48,8 @@ def write_raw(folder: Path, split: str = "beauty", step: int = 7) -> None:
             file.write(f"{{'asin': '{key}', 'title': '{title}', 'categories': [['{THINGS[n // 6]}']]}}\n")
 
 
-def bind(folder: Path, script: str, *extra: str) -> None:
-    """Binds a small config of one stage; `extra` bindings come last."""
+def bindings(folder: Path, script: str, *extra: str) -> list[str]:
+    """A small config of one stage; `extra` bindings come last."""
     common = [
         "train.dataset = %data.processed.RecDataset.AMAZON",
         f'train.dataset_folder = "{folder}"',
@@ -89,19 +93,32 @@ def bind(folder: Path, script: str, *extra: str) -> None:
             "EncoderDecoderRetrievalModel.user_buckets = 1",
         ],
     }
-    bindings = [*common, *stages[script], *extra]
-    gin.clear_config()
-    # Both scripts have a `train`; where both are imported, gin wants to know whose is meant.
-    gin.parse_config([f"train_{script}.{line}" if line.startswith("train.") else line for line in bindings])
+    return [*common, *stages[script], *extra]
 
 
 def run(folder: Path, script: str, *extra: str) -> dict[str, float]:
     """Runs one stage in this process."""
-    bind(folder, script, *extra)
+    gin.clear_config()
+    # Both scripts have a `train`; where both are imported, gin wants to know whose is meant.
+    config = bindings(folder, script, *extra)
+    gin.parse_config([f"train_{script}.{line}" if line.startswith("train.") else line for line in config])
     try:
         return {"rqvae": train_rqvae, "decoder": train_decoder}[script].train()
     finally:
         gin.clear_config()
+
+
+def launch(folder: Path, script: str, *extra: str, processes: int = 2) -> dict[str, float]:
+    """Runs one stage under `accelerate launch` on the CPU and returns its metrics.json."""
+    config = folder / f"{script}.gin"
+    config.write_text("\n".join(bindings(folder, script, *extra)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += [f"train_{script}.py", str(config), "--traceback"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    root = next(line for line in reversed(config.read_text().splitlines()) if "save_dir_root" in line).split('"')[1]
+    return json.loads((Path(root) / "metrics.json").read_text())
 
 
 def lines(path: Path) -> list[dict]:

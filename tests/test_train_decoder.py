@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from data.utils import SequenceSource
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.semids import SemanticIds
-from tests.pipeline import N_ITEMS, lines, run, write_raw
+from tests.pipeline import N_ITEMS, launch, lines, run, write_raw
 from tests.test_train_rqvae import interrupt_after
 
 
@@ -127,3 +127,44 @@ def test_as_many_beams_as_items_rank_the_whole_catalogue(trained, tmp_path):
     extra = ("train.iterations = 10", f"train.beams = {N_ITEMS}", f"train.top_k = (1, {N_ITEMS})")
     metrics = run(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}"')
     assert metrics[f"test/recall@{N_ITEMS}"] == 1.0
+
+
+def test_two_processes_give_the_result_of_one(trained, tmp_path):
+    common = ("train.iterations = 20", "EncoderDecoderRetrievalModel.dropout = 0.0", "train.batch_size = 30")
+    one = run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/one"')
+    two = launch(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/two"')
+    assert two == pytest.approx(one, abs=1e-9)
+    logs = [lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for first, second in zip(*logs, strict=True):
+        assert (first["step"], first["split"]) == (second["step"], second["split"])
+        if first["split"] == "valid":
+            assert second == pytest.approx(first, abs=1e-5)
+
+
+def test_a_run_is_not_continued_with_other_semantic_ids(trained, tmp_path):
+    write_raw(tmp_path)
+    run(tmp_path, "rqvae")
+    run(tmp_path, "decoder", "train.iterations = 5")
+    shutil.rmtree(tmp_path / "out" / "rqvae")
+    run(tmp_path, "rqvae", "train.seed = 1")
+    with pytest.raises(ValueError, match="(?s)another config.*semantic_ids: "):
+        run(tmp_path, "decoder", "train.iterations = 5")
+
+
+def test_all_items_are_ranked_too_where_consumed_ones_are_left_out(trained, tmp_path):
+    common = ("train.iterations = 20", "train.beams = 30")
+    both = run(trained, "decoder", *common, "train.exclude_history = True", f'train.save_dir_root = "{tmp_path}/both"')
+    plain = run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/plain"')
+    for name in ("recall@10", "most_popular/recall@10", "transition/ndcg@5"):
+        assert both[f"test_all_items/{name}"] == plain[f"test/{name}"]
+    assert both["test/most_popular/recall@10"] > plain["test/most_popular/recall@10"]
+
+
+def test_half_precision_trains(trained, tmp_path):
+    amp = ("train.amp = True", 'train.mixed_precision_type = "bf16"', "train.iterations = 100")
+    losses = []
+    for name, extra in (("half", amp), ("full", amp[2:])):
+        launch(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}/{name}"', processes=1)
+        rows = [row for row in lines(tmp_path / name / "metrics.jsonl") if row["split"] == "valid" and "loss" in row]
+        losses.append(rows[-1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=0.1)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from data.processed import RecDataset, load_corpus
 from modules.rqvae import RqVae
 from modules.tokenizer.semids import SemanticIds
-from tests.pipeline import lines, run, write_raw
+from tests.pipeline import launch, lines, run, write_raw
 
 
 def test_the_run_folder_keeps_the_contract(trained):
@@ -29,6 +29,7 @@ def test_the_run_folder_keeps_the_contract(trained):
     assert "RqVae.codebook_size = 6" in (root / "config.gin").read_text()
     metrics = json.loads((root / "metrics.json").read_text())
     assert metrics["usage_1"] == metrics["usage_2"] == 1.0
+    assert metrics["loss"] == pytest.approx(metrics["reconstruction_loss"] + metrics["quantize_loss"])
     losses = [row["loss"] for row in lines(root / "metrics.jsonl") if row["split"] == "train"]
     assert len(losses) == 6 and losses[-1] < losses[0]
 
@@ -77,6 +78,20 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(trained, tmp_pat
     assert lines(root / "metrics.jsonl") == straight[1]
     resumed = load_file(root / "tokenizer" / "model.safetensors")
     assert all(torch.equal(resumed[name], straight[0][name]) for name in straight[0])
+
+
+def test_two_processes_give_the_codes_of_one(trained, tmp_path):
+    one = run(trained, "rqvae", f'train.save_dir_root = "{tmp_path}/one"')
+    two = launch(trained, "rqvae", f'train.save_dir_root = "{tmp_path}/two"')
+    assert two == pytest.approx(one, abs=1e-5)
+    ids = [SemanticIds.load(tmp_path / name).codes for name in ("one", "two")]
+    assert torch.equal(*ids)
+
+
+def test_two_processes_may_rebuild_the_caches(tmp_path):
+    write_raw(tmp_path)
+    metrics = launch(tmp_path, "rqvae", "train.force_dataset_process = True", "train.iterations = 5")
+    assert metrics["usage_1"] == 1.0
 
 
 def interrupt_after(steps: int, action) -> None:

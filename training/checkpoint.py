@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from data.files import write_file
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -31,15 +33,15 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         tensors, groups = _flatten(optimizer.state_dict())
-        write(aside / "model.safetensors", save(to_cpu(model.state_dict())))
-        write(aside / "optimizer.safetensors", save(tensors))
+        write_file(aside / "model.safetensors", save(to_cpu(model.state_dict())))
+        write_file(aside / "optimizer.safetensors", save(tensors))
         state = {"step": step, "param_groups": groups, **state}
-        write(aside / "state.json", (json.dumps(state, indent=2) + "\n").encode())
+        write_file(aside / "state.json", (json.dumps(state, indent=2) + "\n").encode())
         if (self.folder / name).exists():
             shutil.rmtree(self.folder / name)
         os.rename(aside, self.folder / name)
-        for mark in ("LAST", "BEST") if best else ("LAST",):
-            write(self.folder / mark, f"{name}\n".encode())
+        for mark in ("BEST", "LAST") if best else ("LAST",):
+            write_file(self.folder / mark, f"{name}\n".encode())
         self._remove_unmarked()
 
     def _remove_unmarked(self) -> None:
@@ -55,6 +57,13 @@ class Checkpoints:
             return None
         path = self.folder / file.read_text().strip()
         return path if path.is_dir() else None
+
+    def best(self) -> Path:
+        """The checkpoint that BEST names. FileNotFoundError where there is none."""
+        path = self.marked("BEST")
+        if path is None:
+            raise FileNotFoundError(f"{self.folder} names no best checkpoint: was train.iterations 0?")
+        return path
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -76,16 +85,6 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict:
 def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, contiguous, as safetensors wants them."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file aside, flushes it to the disk and renames it: never half a file under its name."""
-    aside = path.with_name(f".{path.name}")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _flatten(state: dict) -> tuple[dict[str, Tensor], list[dict]]:

@@ -11,7 +11,7 @@ import gin
 def run(train: Callable[[], object], description: str) -> None:
     """Parses the command line, binds the gin config and calls `train`.
 
-    Bad input (ValueError, OSError) ends with one message and exit status 1; --traceback shows all.
+    Bad input ends with one message and exit status 1; --traceback shows all.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -29,8 +29,9 @@ def run(train: Callable[[], object], description: str) -> None:
     try:
         gin.parse_config_files_and_bindings([arguments.config], arguments.gin)
         train()
-    except (ValueError, OSError) as error:
-        if arguments.traceback:
+    except (ValueError, OSError, SyntaxError, FloatingPointError, RuntimeError) as error:
+        is_input = not isinstance(error, RuntimeError) or str(error).startswith("Required bindings")
+        if arguments.traceback or not is_input:
             raise
         message = str(error).split("\n  In call to configurable")[0]
         sys.exit(f"error: {message}")

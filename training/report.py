@@ -55,19 +55,20 @@ def table(title: str, metrics: dict[str, float], folder: Path, show: bool) -> No
     print(f"Run folder: {folder}")
 
 
-def retrieval_table(metrics: dict[str, float], setting: str, folder: Path, show: bool) -> None:
-    """One row each for the model and the baselines; metrics in columns."""
+def retrieval_table(metrics: dict[str, float], split: str, excluded: bool, folder: Path, show: bool) -> None:
+    """One row each for the model and the baselines, a column for each metric; `excluded`: consumed items are."""
     if not show:
         return
     names = [name.removeprefix("valid/") for name in metrics if name.startswith("valid/")]
-    rows = {
-        "most popular (test)": "test/most_popular/",
-        "transition (test)": "test/transition/",
-        "this model (valid)": "valid/",
-        "this model (test)": "test/",
-    }
-    print(f"\nFull-catalogue ranking, {setting}")
-    print(" " * 22 + "".join(f"{name:>11}" for name in names))
-    for row, prefix in rows.items():
-        print(f"  {row:<20}" + "".join(f"{metrics[prefix + name]:>11.4f}" for name in names))
+    rows = {"most popular": "most_popular/", "transition": "transition/", "this model": ""}
+    best = ", ".join(f"{name} {metrics[f'valid/{name}']:.4f}" for name in names[-2:])
+    print(f"\nBest checkpoint on the validation split: {best}")
+    tables = {"test": "items not yet consumed" if excluded else "all items", "test_all_items": "all items"}
+    for key, candidates in tables.items():
+        if f"{key}/{names[0]}" not in metrics:
+            continue
+        print(f"\nTest, {split} split, ranking {candidates}")
+        print(" " * 22 + "".join(f"{name:>11}" for name in names))
+        for row, prefix in rows.items():
+            print(f"  {row:<20}" + "".join(f"{metrics[f'{key}/{prefix}{name}']:>11.4f}" for name in names))
     print(f"Run folder: {folder}")

@@ -9,8 +9,8 @@ class SemIdEmbedder(nn.Module):
 
     Code c of level l has its own row of a table, `starts[l] + c`. A prefix of two or more codes is hashed to one
     of `prefix_buckets` rows of another (prefix n-grams: Singh et al. 2024; Zheng et al. 2025), because what a
-    deeper code means depends on those before it. Rows of that table start at zero, so a prefix never seen in
-    training adds nothing.
+    deeper code means depends on those before it. Rows of that table start at zero, so a bucket that no
+    training prefix falls into adds nothing.
 
     level_sizes: number of codes on each of the L' levels. prefix_buckets: 0 leaves prefixes out.
     """

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from data.files import write_file
 from data.strings import pack_strings, unpack_strings
 
 FORMAT = "semantic-ids-1"
@@ -41,6 +42,11 @@ class SemanticIds:
         sizes = torch.tensor(self.level_sizes)
         if bool(((self.codes < 0) | (self.codes >= sizes)).any()):
             raise ValueError(f"A code is outside its level; the level sizes are {self.level_sizes}.")
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that identify the codes."""
+        return _digest(self.codes)[:16]
 
     @property
     def n_items(self) -> int:
@@ -83,8 +89,7 @@ class SemanticIds:
             "codes_sha256": _digest(self.codes),
         }
         tensors = {"codes": self.codes.to(torch.int32).contiguous(), "key_data": data, "key_offsets": offsets}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata)
+        write_file(Path(path), save(tensors, metadata))
 
     @staticmethod
     def load(path: str | Path) -> "SemanticIds":

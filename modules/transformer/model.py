@@ -139,7 +139,8 @@ class DecoderBlock(nn.Module):
 class Decoder(nn.Module):
     """n_layers blocks and a final normalization.
 
-    Unlike T5's, its attention to the memory has a position bias (shared by all layers) by how far a token lies
+    Unlike T5's, its self-attention over the few codes of one item has no position bias (each level has vectors of
+    its own), and its attention to the memory has a position bias (shared by all layers) by how far a token lies
     before the last visible one: the encoder of a prefix cannot know where the prefix will be cut.
     """
 

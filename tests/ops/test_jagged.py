@@ -177,6 +177,7 @@ def test_rows_do_not_see_each_other():
     assert torch.equal(after[:3], before[:3]) and bool(after[3:].isnan().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("loud", [1, 6])
 def test_scores_and_softmax_of_half_precision_accumulate_in_float32(dtype, loud):
     """The result is off by the rounding of the weights and of the output only, also where scores reach +-100."""
