@@ -15,9 +15,13 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def save_pretrained(model: nn.Module, config: dict, folder: str | Path) -> None:
     """Writes what rebuilds the model: config, the arguments of its class, and its weights."""
     folder = Path(folder)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_file(folder / WEIGHTS, save(weights))
+    write_file(folder / WEIGHTS, save(to_cpu(model.state_dict())))
     write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, contiguous, as safetensors wants them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def load_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:

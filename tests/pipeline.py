@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gin
 import pytest
+import torch
 
 import train_decoder
 import train_rqvae
@@ -125,6 +126,22 @@ def lines(path: Path) -> list[dict]:
     """metrics.jsonl, without the wall-clock times."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+
+
+def interrupt_after(steps: int, action) -> None:
+    """Raises KeyboardInterrupt in the optimizer's step number `steps` + 1."""
+    taken, step = 0, torch.optim.AdamW.step
+
+    def counted(self, *args, **kwargs):
+        nonlocal taken
+        taken += 1
+        if taken > steps:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", counted)
+        action()
 
 
 @pytest.fixture(scope="session")

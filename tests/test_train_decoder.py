@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 from data.utils import SequenceSource
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.semids import SemanticIds
-from tests.pipeline import N_ITEMS, launch, lines, run, write_raw
-from tests.test_train_rqvae import interrupt_after
+from tests.pipeline import N_ITEMS, interrupt_after, launch, lines, run, write_raw
 
 
 def test_the_pipeline_learns_what_follows_from_the_last_item(trained):

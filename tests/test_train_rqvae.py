@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from data.processed import RecDataset, load_corpus
 from modules.rqvae import RqVae
 from modules.tokenizer.semids import SemanticIds
-from tests.pipeline import launch, lines, run, write_raw
+from tests.pipeline import interrupt_after, launch, lines, run, write_raw
 
 
 def test_the_run_folder_keeps_the_contract(trained):
@@ -92,19 +92,3 @@ def test_two_processes_may_rebuild_the_caches(tmp_path):
     write_raw(tmp_path)
     metrics = launch(tmp_path, "rqvae", "train.force_dataset_process = True", "train.iterations = 5")
     assert metrics["usage_1"] == 1.0
-
-
-def interrupt_after(steps: int, action) -> None:
-    """Raises KeyboardInterrupt in the optimizer's step number `steps` + 1."""
-    taken, step = 0, torch.optim.AdamW.step
-
-    def counted(self, *args, **kwargs):
-        nonlocal taken
-        taken += 1
-        if taken > steps:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", counted)
-        action()

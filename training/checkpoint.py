@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from data.files import write_file
+from modules.pretrained import to_cpu
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,6 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict:
         moments.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
     return state
-
-
-def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, contiguous, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _flatten(state: dict) -> tuple[dict[str, Tensor], list[dict]]:

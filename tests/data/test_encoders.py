@@ -14,16 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from data.features import SentenceEncoder, TfidfSvd
 from data.processed import RecDataset, load_corpus
-
-TEXTS = [
-    "red ball game",
-    "red red ball",
-    "blue ball",
-    "blue game of chess",
-    "chess game",
-    "red chess",
-    "unique",
-]
+from tests.data.test_features import TEXTS
 
 
 def tfidf_by_hand(texts: list[str], min_df: int) -> np.ndarray:
