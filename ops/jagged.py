@@ -101,6 +101,7 @@ def jagged_attention(
     value: Tensor,
     bias: Tensor | None = None,
     key_limits: Tensor | None = None,
+    causal: bool = False,
     scale: float = 1.0,
 ) -> JaggedTensor:
     """Scaled dot-product attention in which the queries of row b see the keys of row b only.
@@ -112,20 +113,20 @@ def jagged_attention(
 
     Shape: query.values [Tq, H, D], key.values and value [Tk, H, D], bias [H, 2R+1] -> values [Tq, H, D].
     key_limits: [Tq] integers; a query sees only the first `key_limits` keys of its row, and its place is that
-    of the last of them. None: it sees all keys, and its place is i. Causal self-attention is
-    `key_limits` = i + 1, which gives the same places.
+    of the last of them. Without them it sees all keys of its row, or, if `causal`, keys 0 to i; its place is i.
     dtype: scores and softmax accumulate in float32 or wider; the result has the dtype of `value`.
     """
-    output = reference.jagged_attention(
-        query.values,
-        key.values,
-        value,
-        query.offsets,
-        key.offsets,
-        query.max_length,
-        key.max_length,
-        bias,
-        key_limits,
-        scale,
-    )
+    if causal and key_limits is not None:
+        raise ValueError("jagged_attention takes key_limits or causal, not both.")
+    arguments = (query.values, key.values, value, query.offsets, key.offsets, query.max_length, key.max_length)
+    if _has_kernel(value) and value.shape[2] <= 128:
+        from ops.triton.attention import attention
+
+        output, _ = attention(*arguments, bias, key_limits, causal, scale)
+    else:
+        output = reference.jagged_attention(*arguments, bias, key_limits, causal, scale)
     return query.with_values(output)
+
+
+def _has_kernel(values: Tensor) -> bool:
+    return values.is_cuda and values.dtype in (torch.float32, torch.float16, torch.bfloat16)

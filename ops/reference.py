@@ -52,6 +52,7 @@ def jagged_attention(
     max_key: int,
     bias: Tensor | None = None,
     key_limits: Tensor | None = None,
+    causal: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
     """Attention within rows, computed on padded rows. See `ops.jagged.jagged_attention` for the contract."""
@@ -63,12 +64,14 @@ def jagged_attention(
     with torch.autocast(query.device.type, enabled=False):  # which would round the scores to half precision
         scores = q.to(accumulate) @ k.to(accumulate).transpose(-1, -2) * scale  # [B, H, Mq, Mk]
     lengths = key_offsets.diff()[:, None]  # [B, 1]
-    limits = lengths.expand(-1, max_query)
+    places = torch.arange(max_query, device=key.device)
     if key_limits is not None:
         limits = jagged_to_padded(key_limits, query_offsets, max_query).minimum(lengths)  # [B, Mq]
         places = None
+    elif causal:
+        limits = (places + 1).minimum(lengths)
     else:
-        places = torch.arange(max_query, device=key.device)
+        limits = lengths.expand(-1, max_query)
     scores = scores + _visible_bias(bias, limits, places, max_key, accumulate)
     # A query without keys weighs padding; its output is zero by contract.
     output = scores.softmax(-1).to(value.dtype) @ v  # [B, H, Mq, D]

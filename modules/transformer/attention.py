@@ -60,10 +60,15 @@ class Attention(nn.Module):
         return KeyValue(x.with_values(keys), values)
 
     def forward(
-        self, x: JaggedTensor, memory: KeyValue, bias: Tensor | None = None, key_limits: Tensor | None = None
+        self,
+        x: JaggedTensor,
+        memory: KeyValue,
+        bias: Tensor | None = None,
+        key_limits: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
         """x [T, dim], bias [H, 2R+1], key_limits [T] -> [T, dim]; see `ops.jagged.jagged_attention`."""
         query = x.with_values(self.query(x.values).view(-1, self.n_heads, self.head_dim))
         scale = self.head_dim**-0.5
-        attended = jagged_attention(query, memory.keys, memory.values, bias, key_limits, scale)
+        attended = jagged_attention(query, memory.keys, memory.values, bias, key_limits, causal, scale)
         return self.out(attended.values.flatten(1))

@@ -66,10 +66,10 @@ class EncoderBlock(nn.Module):
         self.ff = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: JaggedTensor, bias: Tensor, key_limits: Tensor | None) -> JaggedTensor:
-        """x [T, dim], bias [H, 2R+1], key_limits [T] or None."""
+    def forward(self, x: JaggedTensor, bias: Tensor, causal: bool) -> JaggedTensor:
+        """x [T, dim], bias [H, 2R+1]."""
         normed = x.with_values(self.attention_norm(x.values))
-        attended = self.attention(normed, self.attention.key_values(normed), bias, key_limits)
+        attended = self.attention(normed, self.attention.key_values(normed), bias, causal=causal)
         hidden = x.values + self.dropout(attended)
         hidden = hidden + self.dropout(self.ff(self.ff_norm(hidden)))
         return x.with_values(hidden)
@@ -92,10 +92,9 @@ class Encoder(nn.Module):
     def forward(self, x: JaggedTensor) -> JaggedTensor:
         """x [T, dim] -> [T, dim]."""
         bias = self.bias()
-        key_limits = x.positions() + 1 if self.causal else None
         x = x.with_values(self.dropout(x.values))
         for block in self.blocks:
-            x = block(x, bias, key_limits)
+            x = block(x, bias, self.causal)
         return x.with_values(self.dropout(self.norm(x.values)))
 
 
@@ -128,8 +127,7 @@ class DecoderBlock(nn.Module):
         if past is not None:
             keys, values = torch.cat([past[0], keys], 1), torch.cat([past[1], values], 1)
         seen = KeyValue(JaggedTensor.uniform(keys), values.flatten(0, 1))
-        causal = rows.positions() + 1 if x.shape[1] > 1 else None
-        hidden = x + self.dropout(self.attention(rows, seen, key_limits=causal)).view_as(x)
+        hidden = x + self.dropout(self.attention(rows, seen, causal=x.shape[1] > 1)).view_as(x)
         rows = view.rows(self.cross_norm(hidden))
         attended = self.cross_attention(rows, memory, bias, view.key_limits)
         hidden = hidden + self.dropout(attended).view_as(x)

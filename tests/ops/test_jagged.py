@@ -102,7 +102,7 @@ def check_attention(query, key, bias=None, key_limits=None, scale=0.7) -> Tensor
     leaves = [query.values, key.values, value] + ([bias] if bias is not None else [])
     for leaf in leaves:
         leaf.requires_grad_()
-    attended = jagged_attention(query, key, value, bias, key_limits, scale)
+    attended = jagged_attention(query, key, value, bias, key_limits, scale=scale)
     assert torch.equal(attended.offsets, query.offsets) and attended.max_length == query.max_length
     expected = attention_by_row(query, key, value, bias, key_limits, scale)
     torch.testing.assert_close(attended.values, expected, rtol=1e-10, atol=1e-12)
@@ -136,7 +136,12 @@ def test_causal_self_attention(lengths):
     rows = random_rows(lengths, HEADS, DIM)
     bias = torch.randn(HEADS, 7, dtype=torch.float64)
     key = rows.with_values(rows.values.detach().clone())
-    check_attention(rows, key, bias, rows.positions() + 1)
+    places = rows.positions() + 1
+    expected = check_attention(rows, key, bias, places)
+    out = jagged_attention(rows, key, key.values, bias, causal=True).values
+    assert (
+        torch.equal(out, jagged_attention(rows, key, key.values, bias, places).values) and expected.shape == out.shape
+    )
 
 
 @pytest.mark.parametrize(("keys", "limits"), [([0, 0], None), ([0, 3], None), ([2, 3], [0, 0, 0]), ([0, 3], [1, 0, 2])])
@@ -162,7 +167,7 @@ def test_attention_gradients_are_those_of_finite_differences():
     limits = torch.tensor([1, 3, 2])
 
     def attend(q, k, v, b):
-        return jagged_attention(queries.with_values(q), keys.with_values(k), v, b, limits, 0.5).values
+        return jagged_attention(queries.with_values(q), keys.with_values(k), v, b, limits, scale=0.5).values
 
     leaves = [leaf.requires_grad_() for leaf in (queries.values, keys.values, value, bias)]
     assert torch.autograd.gradcheck(attend, leaves)

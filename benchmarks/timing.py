@@ -1,0 +1,34 @@
+"""Times on a GPU: quantiles by CUDA events with a cold L2 cache, the card's own limits, and one way to print them."""
+
+import torch
+import triton
+from triton.testing import do_bench
+
+
+def heading() -> None:
+    """The card and the versions that all figures below belong to."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+
+
+def quantiles(function, milliseconds: int = 100) -> tuple[float, float, float]:
+    """20 %, 50 % and 80 % quantiles of the time of one call, in microseconds."""
+    return tuple(1e3 * t for t in do_bench(function, warmup=25, rep=milliseconds, quantiles=[0.2, 0.5, 0.8]))
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large device copy, counting those read and those written."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (quantiles(lambda: target.copy_(source))[1] * 1e-6)
+
+
+def matrix_rate() -> float:
+    """Operations a second of a large bfloat16 matrix product on random numbers."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / (quantiles(lambda: a @ b)[1] * 1e-6)
+
+
+def row(name: str, times: tuple[float, float, float], limit: float | None = None) -> None:
+    """One line: p20, p50, p80 in microseconds and the share of the limit (microseconds) that p50 reaches."""
+    share = f"{limit / times[1]:>9.0%}" if limit else ""
+    print(f"  {name:<52}" + "".join(f"{t:>10.1f}" for t in times) + share, flush=True)
