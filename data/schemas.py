@@ -53,25 +53,28 @@ class SeqBatch:
     n_b - m_b + 1 + i items of the history, so the last target followed all of it.
     consumed: rows of all item ids before the last target, not only the history; None where all items may be
     recommended.
+    target_weights: [P] float32, what each target counts in the mean loss; None: all count 1.
     """
 
     user: Tensor
     history: JaggedTensor
     targets: JaggedTensor
     consumed: JaggedTensor | None = None
+    target_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TokenizedSeqBatch:
     """A SeqBatch whose history is written in semantic IDs of L' codes an item.
 
-    user: [B] int64. tokens: values [T * L'] int64 codes. targets, consumed: as in SeqBatch.
+    user: [B] int64. tokens: values [T * L'] int64 codes. The rest as in SeqBatch.
     """
 
     user: Tensor
     tokens: JaggedTensor
     targets: JaggedTensor
     consumed: JaggedTensor | None = None
+    target_weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

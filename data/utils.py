@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.schemas import Interactions, Samples, SeqBatch, TokenizedSeqBatch
@@ -34,46 +36,65 @@ class SequenceSource:
         self.device = device
         self.every_position = every_position
         self.exclude_history = exclude_history
-        self._starts = interactions.offsets[samples.user]  # [S] row of each user's first interaction
+        self._lengths = samples.position.clamp_max(max_items)  # [S] items of each history, on the host
+        self._samples = Samples(samples.user.to(device), samples.position.to(device), samples.slack.to(device))
+        self._starts = interactions.offsets[samples.user].to(device)  # [S] row of each user's first interaction
         self._items = interactions.items.to(device)
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    def n_items(self, index: Tensor, uniform: Tensor | None = None) -> int:
+        """How many items the histories of `batch` of the same arguments have."""
+        if uniform is None:
+            return int(self._lengths[index].sum())
+        return int(_position(self.samples, index, uniform).clamp_max(self.max_items).sum())
+
     def n_targets(self, index: Tensor, uniform: Tensor | None = None) -> int:
         """How many targets `batch` of the same arguments has."""
-        if not self.every_position:
-            return len(index)
-        return int(self._position(index, uniform).clamp_max(self.max_items).sum())
-
-    def _position(self, index: Tensor, uniform: Tensor | None) -> Tensor:
-        position = self.samples.position[index]
-        if uniform is None:
-            return position
-        return position + (uniform * (self.samples.slack[index] + 1)).long()
+        return self.n_items(index, uniform) if self.every_position else len(index)
 
     def batch(self, index: Tensor, uniform: Tensor | None = None) -> SeqBatch:
-        """index: [B] int64, of samples, on the CPU: their lengths are known to the host without a sync.
+        """index: [B] int64, of samples, on the host: their lengths are known without asking the device.
 
         uniform: [B] float64 in [0, 1), how far each position moves within its slack; None leaves all in place.
         """
-        position = self._position(index, uniform)
-        starts = self._starts[index]
-        history, rows = self._slice(starts + position, position.clamp_max(self.max_items), self.max_items)
-        if self.every_position:
-            targets = history.with_values(self._items[rows + 1].long())
-        else:
-            targets = JaggedTensor.uniform(self._items[(starts + position).to(self.device)].long()[:, None])
         consumed = None
         if self.exclude_history:
-            consumed, _ = self._slice(starts + position, position, int(position.max()))
-        return SeqBatch(self.samples.user[index].to(self.device), history, targets, consumed)
+            before = self.samples.position[index]
+            ends = self.interactions.offsets[self.samples.user[index]] + before
+            bounds = int(before.sum()), int(before.max())
+            consumed, _ = self._slice(ends.to(self.device), before.to(self.device), *bounds)
+        on_device = (index.to(self.device), uniform.to(self.device) if uniform is not None else None)
+        return replace(self.device_batch(*on_device, self.n_items(index, uniform)), consumed=consumed)
 
-    def _slice(self, ends: Tensor, lengths: Tensor, max_length: int) -> tuple[JaggedTensor, Tensor]:
+    def device_batch(self, index: Tensor, uniform: Tensor | None, n_items: int, fillers: int = 0) -> SeqBatch:
+        """The same from arguments on the device, without consumed items.
+
+        n_items: items of the batch. If its histories have fewer, `fillers` more rows, of up to max_items items each,
+        make up for them, so that batches of different lengths have equal shapes; their targets have weight 0.
+        """
+        position = _position(self._samples, index, uniform)
+        ends, lengths = self._starts[index] + position, position.clamp_max(self.max_items)
+        user = self._samples.user[index]
+        if fillers:
+            places = torch.arange(fillers, device=self.device) * self.max_items
+            filled = (n_items - lengths.sum() - places).clamp(0, self.max_items)
+            lengths, ends = torch.cat([lengths, filled]), torch.cat([ends, filled])
+            user = F.pad(user, (0, fillers))
+        history, rows = self._slice(ends, lengths, n_items, self.max_items)
+        next_rows = (rows + 1 if self.every_position else ends).clamp_max(len(self._items) - 1)
+        next_items = self._items[next_rows].long()
+        targets = history.with_values(next_items) if self.every_position else JaggedTensor.uniform(next_items[:, None])
+        weights = None
+        if fillers:
+            real = torch.arange(len(user), device=self.device) < len(index)
+            weights = real[row_indices(targets.offsets, len(targets.values))].float()
+        return SeqBatch(user, history, targets, target_weights=weights)
+
+    def _slice(self, ends: Tensor, lengths: Tensor, total: int, max_length: int) -> tuple[JaggedTensor, Tensor]:
         """The `lengths` items before the rows `ends`, and their rows. Shape: [B] -> rows of item ids, [T]."""
         offsets = lengths_to_offsets(lengths)
-        total = int(offsets[-1])
-        ends, offsets = ends.to(self.device), offsets.to(self.device)
         user = row_indices(offsets, total)
         rows = ends[user] - offsets[user + 1] + torch.arange(total, device=self.device)
         return JaggedTensor(self._items[rows].long(), offsets, max_length), rows
@@ -82,6 +103,11 @@ class SequenceSource:
         """Every sample once, in order; process `rank` gets every world_size-th batch."""
         for start in range(rank * batch_size, len(self), batch_size * world_size):
             yield self.batch(torch.arange(start, min(start + batch_size, len(self))))
+
+
+def _position(samples: Samples, index: Tensor, uniform: Tensor | None) -> Tensor:
+    position = samples.position[index]
+    return position if uniform is None else position + (uniform * (samples.slack[index] + 1)).long()
 
 
 class Shuffler:
@@ -127,7 +153,7 @@ def tokenize(batch: SeqBatch, codes: Tensor) -> TokenizedSeqBatch:
     levels = codes.shape[1]
     history = batch.history
     tokens = JaggedTensor(codes[history.values].flatten(), history.offsets * levels, history.max_length * levels)
-    return TokenizedSeqBatch(batch.user, tokens, batch.targets, batch.consumed)
+    return TokenizedSeqBatch(batch.user, tokens, batch.targets, batch.consumed, batch.target_weights)
 
 
 def is_consumed(items: Tensor, consumed: JaggedTensor) -> Tensor:

@@ -136,8 +136,12 @@ class EncoderDecoderRetrievalModel(nn.Module):
         for level, logits in enumerate(self.level_logits(batch, codes)):
             log_probs, _, _ = trie.log_probs(logits, level, nodes[:, level])  # [P, fanout]
             child = nodes[:, level + 1] - trie.first_child[level][nodes[:, level]]
-            losses.append(F.nll_loss(log_probs, child))
-        level_losses = torch.stack(losses)
+            losses.append(-log_probs.gather(-1, child[:, None])[:, 0])
+        level_losses = torch.stack(losses)  # [L', P]
+        if batch.target_weights is None:
+            level_losses = level_losses.mean(1)
+        else:
+            level_losses = (level_losses * batch.target_weights).sum(1) / batch.target_weights.sum()
         return RetrievalLoss(level_losses.sum(), level_losses)
 
     def next_code(

@@ -89,7 +89,7 @@ def test_accumulated_batches_equal_one_large_batch(trained, tmp_path):
 def test_a_bidirectional_encoder_trains_on_one_target_a_history(trained, tmp_path):
     bidirectional = ("EncoderDecoderRetrievalModel.causal_encoder = False", "train.every_position = False")
     metrics = run(trained, "decoder", *bidirectional, f'train.save_dir_root = "{tmp_path}/run"')
-    assert metrics["test/recall@5"] > 0.9
+    assert metrics["test/recall@5"] > 0.7
     with pytest.raises(ValueError, match="every_position = False"):
         run(trained, "decoder", bidirectional[0], f'train.save_dir_root = "{tmp_path}/wrong"')
 
