@@ -1,0 +1,154 @@
+"""Training speed of the retriever on histories as long as Amazon Beauty's, drawing and optimizer included.
+
+    python -m benchmarks.training
+
+An example is a target item. "one target": each history has one, as in the original TIGER; "all positions": one pass
+over a history serves each of its items as a target.
+"""
+
+import argparse
+import time
+
+import torch
+
+from benchmarks.attention import BEAUTY
+from data.schemas import Interactions
+from data.splits import every_prefix, windows
+from data.utils import SequenceSource, Shuffler, tokenize
+from modules.generation.trie import Trie
+from modules.model import EncoderDecoderRetrievalModel
+from training.replay import Replay
+
+MAX_ITEMS, N_ITEMS = 20, 12_101
+WIDE = dict(dim=384, ff_dim=1024, n_heads=6, head_dim=64, encoder_layers=4, decoder_layers=4)
+NARROW = WIDE | dict(dim=128)
+
+
+def beauty_like(users: int = 22_363) -> Interactions:
+    """Random items in histories whose lengths follow Beauty's; one more item each, the last one's target."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.tensor(BEAUTY, dtype=torch.float)
+    lengths = torch.multinomial(weights, users, replacement=True, generator=generator) + 2
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return Interactions(torch.randint(0, N_ITEMS, (int(offsets[-1]),), generator=generator, dtype=torch.int32), offsets)
+
+
+def catalogue() -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Unique codes of four levels: three of 256 codes, and one that is mostly 0."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randperm(256**3, generator=generator)[:N_ITEMS]
+    codes = torch.stack([numbers // 65536, numbers // 256 % 256, numbers % 256, torch.zeros_like(numbers)], 1)
+    codes[::40, 3] = 1
+    return codes, (256, 256, 256, 2)
+
+
+def operations(model: EncoderDecoderRetrievalModel, tokens: float, targets: float) -> float:
+    """Of the matrix products of one history's forward and backward pass; attention itself and the head left out."""
+    matrices = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name}
+    encoder = sum(n for name, n in matrices.items() if name.startswith("encoder"))
+    memory = sum(n for name, n in matrices.items() if "cross_attention.key_value" in name)
+    decoder = sum(n for name, n in matrices.items() if name.startswith("decoder")) - memory
+    return 6 * (tokens * (encoder + memory) + 4 * targets * decoder)
+
+
+def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: bool, args, peak: float) -> None:
+    device = torch.device(args.device)
+    data, (codes, sizes) = beauty_like(), catalogue()
+    lengths = data.offsets.diff()
+    samples = windows(lengths, MAX_ITEMS) if all_positions else every_prefix(lengths)
+    if not all_positions:  # the longest history of each user: the lengths that the table above is about
+        last = data.offsets.diff() - 1
+        samples = type(samples)(torch.arange(len(last)), last, torch.zeros_like(last))
+    source = SequenceSource(data, samples, MAX_ITEMS, device, all_positions)
+    trie = Trie.build(codes).to(device)
+    torch.manual_seed(0)
+    model = EncoderDecoderRetrievalModel(sizes, **options, prefix_buckets=args.prefix_buckets,
+                                         causal_encoder=not bidirectional).to(device)  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    forward = torch.compile(model, dynamic=True) if args.compile else model
+    fillers = -(-batch_size // 32)
+    graphed = device.type == "cuda" and not args.eager
+
+    def backward(n_items: int, index: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        batch = tokenize(source.device_batch(index, uniform, n_items, fillers if graphed else 0), trie.item_codes)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss = forward(batch, trie).loss
+        loss.backward()
+        return loss.detach()
+
+    replay = Replay(backward, model, device)
+    shuffler = Shuffler(len(source), batch_size, 0)
+    grain = fillers * MAX_ITEMS
+    examples = items = 0
+
+    def step(number: int) -> torch.Tensor:
+        nonlocal examples, items
+        index, uniform = shuffler.draw(number)
+        n_items, n_targets = source.n_items(index, uniform), source.n_targets(index, uniform)
+        examples, items = examples + n_targets, items + n_items
+        if graphed:
+            loss = replay(-(-n_items // grain) * grain, index, uniform)
+        else:
+            loss = backward(n_items, index.to(device), uniform.to(device))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        return loss
+
+    start = time.perf_counter()
+    for number in range(args.warmup):
+        loss = step(number)
+    float(loss)
+    ready = time.perf_counter() - start
+    rates = []
+    for part in range(3):
+        examples = items = 0
+        start = time.perf_counter()
+        for number in range(args.steps):
+            loss = step(args.warmup + part * args.steps + number)
+        float(loss)
+        seconds = time.perf_counter() - start
+        work = operations(model, 1 + 4 * items / (args.steps * batch_size), examples / (args.steps * batch_size))
+        rates.append((examples / seconds, args.steps / seconds, work * batch_size * args.steps / seconds))
+    examples_s, steps_s, operations_s = sorted(rates)[1]
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
+    kind = ("all positions" if all_positions else "one target") + (", bidirectional" if bidirectional else "")
+    print(
+        f"d {options['dim']}, batch {batch_size}, {kind}, {args.dtype}: {examples_s:,.0f} examples/s "
+        f"({min(rates)[0]:,.0f} to {max(rates)[0]:,.0f}), {steps_s:.1f} steps/s, {operations_s / 1e12:.1f} TFLOP/s"
+        + (f" ({operations_s / peak:.0%} of the matrix rate)" if peak else "")
+        + f", {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"first {args.warmup} steps {ready:.0f} s, {memory:.1f} GiB, {len(replay.recorded)} shapes, "
+        f"loss {float(loss):.3f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--batch", type=int, nargs="+", default=[256, 4096] if torch.cuda.is_available() else [128])
+    parser.add_argument("--dims", type=int, nargs="+", default=[384, 128])
+    parser.add_argument("--kinds", nargs="+", default=["one", "all"], choices=["one", "all", "bidirectional"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--prefix-buckets", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    args = parser.parse_args()
+    peak = None
+    if args.device == "cuda":
+        from benchmarks.timing import heading, matrix_rate
+
+        heading()
+        peak = matrix_rate()
+        print(f"bfloat16 matrix product: {peak / 1e12:.0f} TFLOP/s")
+    for dim in args.dims:
+        for kind in args.kinds:
+            for batch in args.batch:
+                measure(WIDE | dict(dim=dim), batch, kind == "all", kind == "bidirectional", args, peak)
+
+
+if __name__ == "__main__":
+    main()
