@@ -1,11 +1,11 @@
-"""Amazon reviews 2014, 5-core, in the layout of the P5 archive.
-
-Geng et al. 2022, https://github.com/jeykigung/P5.
+"""Amazon reviews 2014, 5-core: in the layout of the P5 archive, or as the review files it was made from.
 
 | split  | users  | items  | interactions |
 |--------|--------|--------|--------------|
 | beauty | 22,363 | 12,101 | 198,502      |
 | toys   | 19,412 | 11,924 | 167,597      |
+
+P5: Geng et al. 2022, https://github.com/jeykigung/P5. Reviews: McAuley et al. 2015, one file a category.
 """
 
 import ast
@@ -19,12 +19,30 @@ from pathlib import Path
 import torch
 
 from data.corpus import Corpus
+from data.download import Remote
+from data.events import k_core, numbered, sequences
 from data.schemas import Interactions
 from ops.jagged import lengths_to_offsets
 
-SPLITS = ("beauty", "sports", "toys")
+CATEGORIES = {"beauty": "Beauty", "sports": "Sports_and_Outdoors", "toys": "Toys_and_Games"}
 FILES = ("sequential_data.txt", "datamaps.json", "meta.json.gz")
+P5_URL = "https://drive.usercontent.google.com/download?id=1qGxgmx7G_WB7JE4Cn_bEcZ_o_NAJLE3G&export=download&confirm=t"
+REVIEW_URLS = (
+    "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
+    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon/categoryFiles/",
+)
+CORE = 5
 UNKNOWN = "Unknown item."
+
+
+def ways(split: str) -> tuple[tuple[Remote, ...], ...]:
+    """The sources of a split, the preferred first: the P5 archive; reviews and metadata of its category.
+
+    Neither publishes checksums.
+    """
+    reviews = [f"reviews_{CATEGORIES[split]}_{CORE}.json.gz", f"meta_{CATEGORIES[split]}.json.gz"]
+    p5 = Remote("P5_data.zip", (P5_URL,), members={name: f"{split}/{name}" for name in FILES})
+    return (p5,), tuple(Remote(name, tuple(url + name for url in REVIEW_URLS)) for name in reviews)
 
 
 def read_amazon(folder: Path, name: str) -> Corpus:
@@ -37,19 +55,65 @@ def read_amazon(folder: Path, name: str) -> Corpus:
     """
     numbers = _read_datamaps(folder / "datamaps.json")
     users, rows = _read_sequences(folder / "sequential_data.txt", numbers)
-    item_keys = list(numbers["item2id"])
-    described = _read_metadata(folder / "meta.json.gz", set(item_keys))
-    metadata = [described.get(key, (UNKNOWN, [])) for key in item_keys]
     lengths = torch.tensor([len(row) for row in rows])
     interactions = Interactions(
         torch.tensor([item for row in rows for item in row], dtype=torch.int32), lengths_to_offsets(lengths)
     )
     user_keys = list(numbers["user2id"])
+    user_keys = [user_keys[user] for user in users]
+    return _with_metadata(name, interactions, list(numbers["item2id"]), user_keys, folder / "meta.json.gz")
+
+
+def read_reviews(reviews: Path, metadata: Path, name: str) -> Corpus:
+    """Builds the sequences of P5 from the reviews of a category and adds its metadata.
+
+    reviews: gzip, one JSON object a line with reviewerID, asin and unixReviewTime. Users come in the order of the
+    file, their items by time with ties in file order, items in the order in which these sequences name them: the
+    numbering of P5. Only what remains of the 5-core counts. Unlike P5 it keeps the timestamps.
+
+    Raises ValueError that names file and line where anything in the files is malformed.
+    """
+    import polars as pl
+
+    events = pl.DataFrame(
+        list(_reviews(reviews)), {"user": pl.String, "item": pl.String, "timestamp": pl.Int64}, orient="row"
+    )
+    events = k_core(events, CORE)
+    if events.is_empty():
+        raise ValueError(f"{reviews}: no user and item have {CORE} reviews each")
+    user_keys, users = numbered(events["user"])
+    events = events.with_columns(user=users).sort("user", "timestamp", maintain_order=True)
+    item_keys, items = numbered(events["item"])
+    _, interactions = sequences(events.with_columns(item=items))
+    return _with_metadata(name, interactions, item_keys, user_keys, metadata)
+
+
+def _reviews(path: Path) -> Iterable[tuple[str, str, int]]:
+    """User, item and time of each line."""
+    line_number = 1
+    with gzip.open(path, "rb") as lines:
+        try:
+            for line in lines:
+                review = json.loads(line)
+                row = tuple(review.get(field) for field in ("reviewerID", "asin", "unixReviewTime"))
+                if tuple(map(type, row)) != (str, str, int):
+                    raise ValueError("reviewerID and asin must be strings and unixReviewTime a whole number")
+                yield row
+                line_number += 1
+        except (ValueError, AttributeError, OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}, line {line_number}: {error}") from error
+
+
+def _with_metadata(
+    name: str, interactions: Interactions, item_keys: list[str], user_keys: list[str], path: Path
+) -> Corpus:
+    described = _read_metadata(path, set(item_keys))
+    metadata = [described.get(key, (UNKNOWN, [])) for key in item_keys]
     return Corpus.build(
         name,
         interactions,
         item_keys=item_keys,
-        user_keys=[user_keys[user] for user in users],
+        user_keys=user_keys,
         texts=[text for text, _ in metadata],
         categories=[categories for _, categories in metadata],
     )
@@ -153,7 +217,7 @@ def _read_metadata(path: Path, wanted: set[str]) -> dict[str, tuple[str, list[st
                     described[item["asin"]] = (text, categories)
                 line_number += 1
             if not described:
-                raise ValueError("the file ends, and describes no item of datamaps.json")
+                raise ValueError("the file ends, and describes no item of the data set")
         except (ValueError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}, line {line_number}: {error}") from error
     return described

@@ -124,10 +124,10 @@ class Corpus:
             content.append(interactions.timestamps)
         return Corpus(name, interactions, item_keys, user_keys, _hash(content), _hash([*packed_texts]), items)
 
-    def save(self, folder: str | Path, raw_files: Sequence[dict] = ()) -> None:
+    def save(self, folder: str | Path, raw_files: Sequence[dict] = (), options: dict | None = None) -> None:
         """Writes corpus.json, tensors.safetensors and items.parquet aside, then replaces `folder` by them.
 
-        raw_files: fingerprints of the files it was built from; they go into corpus.json.
+        raw_files: fingerprints of the files it was built from; options: how they were read. Both go into corpus.json.
         """
         header = {
             "format_version": FORMAT_VERSION,
@@ -138,6 +138,7 @@ class Corpus:
             "n_items": self.n_items,
             "n_interactions": len(self.interactions),
             "raw_files": list(raw_files),
+            "options": options or {},
         }
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """MovieLens as CSV files: the layout of ml-32m, and of the bundled latest-small, whose statistics are
 
-| data set     | users   | items  | interactions |
-|--------------|---------|--------|--------------|
-| latest-small | 610     | 9,742  | 100,836      |
+| data set     | users   | movies | ratings    | tags      |
+|--------------|---------|--------|------------|-----------|
+| latest-small | 610     | 9,742  | 100,836    | 3,683     |
+| 32M          | 200,948 | 87,585 | 32,000,204 | 2,000,072 |
 
 Harper and Konstan 2015, https://doi.org/10.1145/2827872.
 """
@@ -13,11 +14,9 @@ from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from data.corpus import Corpus
-from data.schemas import Interactions
-from ops.jagged import lengths_to_offsets
+from data.download import Remote
+from data.events import sequences
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,6 +27,15 @@ COLUMNS: dict[str, dict[str, type]] = {
     "ratings.csv": {"userId": int, "movieId": int, "rating": float, "timestamp": int},
     "tags.csv": {"userId": int, "movieId": int, "tag": str, "timestamp": int},
 }
+ARCHIVE = Remote(
+    "ml-32m.zip",
+    (
+        "https://files.grouplens.org/datasets/movielens/ml-32m.zip",
+        "http://files.grouplens.org/datasets/movielens/ml-32m.zip",
+    ),
+    "md5:d472be332d4daa821edc399621853b57",
+    {name: f"ml-32m/{name}" for name in FILES},
+)
 NO_GENRES = "(no genres listed)"
 MAX_TAGS = 10
 
@@ -49,22 +57,25 @@ def read_movielens(folder: Path, name: str) -> Corpus:
     if movies["movieId"].is_duplicated().any():
         repeated = movies.filter(pl.col("movieId").is_duplicated())["movieId"][0]
         raise ValueError(f"{folder / 'movies.csv'}: movieId {repeated} appears more than once")
-    ratings = _read(folder, "ratings.csv").drop("rating")
-    ratings = _with_item(ratings, movies, folder / "ratings.csv").drop("movieId")
-    ratings = ratings.sort("userId", "timestamp", maintain_order=True)
-    users = ratings.group_by("userId", maintain_order=True).len()
+    ratings = _with_item(_read(folder, "ratings.csv").drop("rating"), movies, folder / "ratings.csv")
     tags = _with_item(_read(folder, "tags.csv"), movies, folder / "tags.csv")
-    interactions = Interactions(
-        torch.from_numpy(ratings["item"].cast(pl.Int32).to_numpy(writable=True)),
-        lengths_to_offsets(torch.from_numpy(users["len"].cast(pl.Int64).to_numpy(writable=True))),
-        torch.from_numpy(ratings["timestamp"].to_numpy(writable=True)),
-    )
+    return build(name, movies, ratings, tags)
+
+
+def build(name: str, movies: "pl.DataFrame", ratings: "pl.DataFrame", tags: "pl.DataFrame | None" = None) -> Corpus:
+    """A corpus from tables of movies (item, movieId, title, genres), ratings (userId, item, timestamp) and tags
+    (item, tag)."""
+    import polars as pl
+
+    user_keys, interactions = sequences(ratings.select("item", "timestamp", user="userId"))
+    if tags is None:
+        tags = pl.DataFrame(schema={"item": movies["item"].dtype, "tag": pl.String})
     movies = _describe(movies, tags)
     return Corpus.build(
         name,
         interactions,
         item_keys=movies["movieId"].cast(pl.String).to_list(),
-        user_keys=users["userId"].cast(pl.String).to_list(),
+        user_keys=[str(user) for user in user_keys],
         texts=movies["text"].to_list(),
         categories=movies["categories"].to_list(),
     )

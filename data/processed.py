@@ -1,15 +1,19 @@
 """The data sets by name: raw files in, `Corpus` out, cached on disk."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import gin
+from filelock import FileLock
 
-from data import amazon, ml32m
+from data import amazon, ml1m, ml32m
 from data.corpus import Corpus, read_header
+from data.custom import CustomData
+from data.download import Remote, obtain
 
 
 @gin.constants_from_enum
@@ -17,16 +21,26 @@ class RecDataset(Enum):
     """In a gin file: `%data.processed.RecDataset.AMAZON`."""
 
     AMAZON = "amazon"
+    ML_1M = "ml1m"
+    ML_32M = "ml32m"
     SAMPLE = "sample"
+    CUSTOM = "custom"
 
 
 class _Source(NamedTuple):
-    """Where a corpus comes from: its name, folder and names of its raw files, and what reads them."""
+    """Where a corpus comes from: its name, the folder of its raw files, and what reads them.
+
+    ways: the sets of files that serve, and where each is downloaded; empty for files that can't be.
+    files: the names where there is nothing to choose. options: parameters of `read` that shape the
+    corpus; None: not known, a cached corpus serves as it is.
+    """
 
     name: str
     folder: Path
-    files: tuple[str, ...]
-    read: Callable[[Path, str], Corpus]
+    read: Callable[[tuple[str, ...]], Corpus]
+    ways: Sequence[Sequence[Remote]] = ()
+    files: tuple[str, ...] = ()
+    options: dict | None = {}
 
 
 def load_corpus(
@@ -34,49 +48,83 @@ def load_corpus(
 ) -> Corpus:
     """The corpus of a data set, cached in `<dataset_folder>/processed/<name>`.
 
-    AMAZON: read from `<dataset_folder>/raw/<split>`; split "beauty", "sports" or "toys".
+    AMAZON: split "beauty", "sports" or "toys"; its files are in `<dataset_folder>/raw/<split>`.
+    ML_1M, ML_32M: MovieLens; its files are in `<dataset_folder>/raw`; no split.
     SAMPLE: MovieLens latest-small, which comes with the code; no split.
+    CUSTOM: your own files, see `data.custom.CustomData`; no split.
     force_process: read the raw files even if the cache fits.
 
-    A cache whose raw files are not there is used as it is; one whose raw files have changed is built anew.
+    Raw files that are not there are downloaded (`data.download`). A cache whose raw files are not there is used as it
+    is; one whose raw files or options have changed is built anew. Of several processes that ask at once, one builds.
 
-    Raises ValueError on an unknown split, malformed raw files, or a damaged cache; FileNotFoundError where
-    neither the cache nor a raw file is there.
+    Raises ValueError on an unknown split, malformed raw files, or a damaged cache; FileNotFoundError that names what
+    to put where, if there is neither the cache nor a raw file nor a way to download it.
     """
     source = _source(dataset, Path(dataset_folder), dataset_split)
     cache = Path(dataset_folder) / "processed" / source.name
-    if (cache / "corpus.json").exists() and not force_process:
-        recorded = read_header(cache)["raw_files"]
-        changed = [entry["name"] for entry in recorded if _has_changed(source.folder, entry)]
-        if not changed:
-            return Corpus.load(cache)
-        print(f"{cache}: built anew, because {', '.join(changed)} in {source.folder} changed", flush=True)
-    for file in source.files:
-        if not (source.folder / file).is_file():
-            needed = ", ".join(source.files)
-            raise FileNotFoundError(f"{source.folder / file} is missing: that folder must hold {needed}")
-    raw_files = [_fingerprint(source.folder / file) for file in source.files]
-    corpus = source.read(source.folder, source.name)
-    corpus.save(cache, raw_files)
+    if not force_process and (corpus := _cached(source, cache)):
+        return corpus
+    Path(dataset_folder).mkdir(parents=True, exist_ok=True)
+    with FileLock(Path(dataset_folder) / f".{source.name}.lock"):
+        if not force_process and (corpus := _cached(source, cache)):  # by another process, meanwhile
+            return corpus
+        files = obtain(source.ways, source.folder, Path(dataset_folder) / "raw") if source.ways else source.files
+        raw_files = [_fingerprint(source.folder, file) for file in files]
+        corpus = source.read(files)
+        corpus.save(cache, raw_files, source.options)
     return corpus
 
 
 def _source(dataset: RecDataset, dataset_folder: Path, split: str) -> _Source:
-    allowed = amazon.SPLITS if dataset is RecDataset.AMAZON else ("",)
+    allowed = tuple(amazon.CATEGORIES) if dataset is RecDataset.AMAZON else ("",)
     if split not in allowed:
         choices = " or ".join(repr(choice) for choice in allowed)
         raise ValueError(f"dataset_split of {dataset} must be {choices}, not {split!r}")
+    raw = dataset_folder / "raw"
     if dataset is RecDataset.AMAZON:
-        return _Source(f"amazon_{split}", dataset_folder / "raw" / split, amazon.FILES, amazon.read_amazon)
-    return _Source("sample", Path(__file__).parent / "sample", ml32m.FILES, ml32m.read_movielens)
+        name = f"amazon_{split}"
+        return _Source(name, raw / split, partial(_read_amazon, raw / split, name), amazon.ways(split))
+    if dataset is RecDataset.ML_1M:
+        return _Source("ml1m", raw, lambda _: ml1m.read_ml1m(raw, "ml1m"), ((ml1m.ARCHIVE,),))
+    if dataset is RecDataset.ML_32M:
+        return _Source("ml32m", raw, lambda _: ml32m.read_movielens(raw, "ml32m"), ((ml32m.ARCHIVE,),))
+    if dataset is RecDataset.SAMPLE:
+        sample = Path(__file__).parent / "sample"
+        return _Source("sample", sample, lambda _: ml32m.read_movielens(sample, "sample"), files=ml32m.FILES)
+    data = CustomData()
+    return _Source(data.name, Path(), lambda _: data.read(), files=data.files, options=data.options)
 
 
-def _fingerprint(path: Path) -> dict:
+def _read_amazon(folder: Path, name: str, files: tuple[str, ...]) -> Corpus:
+    if files == amazon.FILES:
+        return amazon.read_amazon(folder, name)
+    reviews, metadata = files
+    return amazon.read_reviews(folder / reviews, folder / metadata, name)
+
+
+def _cached(source: _Source, cache: Path) -> Corpus | None:
+    """What is cached; None where there is nothing, or it no longer fits, which is then printed."""
+    if not (cache / "corpus.json").exists():
+        return None
+    header = read_header(cache)
+    changed = [entry["name"] for entry in header["raw_files"] if _has_changed(source.folder, entry)]
+    before = header.get("options", {})
+    if source.options is not None:
+        names = sorted({*before, *source.options})
+        changed += [name for name in names if before.get(name) != source.options.get(name)]
+    if changed:
+        print(f"{cache}: built anew, because {', '.join(changed)} changed", flush=True)
+        return None
+    return Corpus.load(cache)
+
+
+def _fingerprint(folder: Path, name: str) -> dict:
     """What tells whether a raw file has changed; the time spares reading it again."""
+    path = folder / name
     stat = path.stat()
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+    return {"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
 
 
 def _has_changed(folder: Path, recorded: dict) -> bool:
@@ -87,4 +135,4 @@ def _has_changed(folder: Path, recorded: dict) -> bool:
     stat = path.stat()
     if (stat.st_size, stat.st_mtime_ns) == (recorded["size"], recorded["mtime_ns"]):
         return False
-    return stat.st_size != recorded["size"] or _fingerprint(path)["sha256"] != recorded["sha256"]
+    return stat.st_size != recorded["size"] or _fingerprint(folder, recorded["name"])["sha256"] != recorded["sha256"]

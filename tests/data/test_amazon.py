@@ -1,6 +1,7 @@
 import gzip
 import html
 import json
+import random
 import re
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.amazon import describe, read_amazon
+from data.amazon import describe, read_amazon, read_reviews
 from data.processed import RecDataset, load_corpus
+from tests.data import real
+from tests.data.real import needs_real
 
-REAL = Path(__file__).parents[3] / "shared" / "data" / "amazon"
-needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"the Amazon files are not in {REAL}")
+REAL = real.REAL / "amazon"
+needs_real_data = needs_real("amazon")
 MAPS = {"user2id": {"u": "1", "v": "2"}, "item2id": {"a": "1", "b": "2", "c": "3"}}
 META = b"{'asin': 'b', 'title': 'Blue'}\n{'asin': 'z', 'title': 'Not in the data set'}\n"
 
@@ -54,6 +57,76 @@ def test_the_real_files(tmp_path, split, counts):
     for key, text in zip(corpus.item_keys, corpus.texts(), strict=True):
         assert words(text) <= described[key] | {"Brand", "Categories"}
         assert len(words(text)) > 2 and " ".join(text.split()) == text
+
+
+def write_reviews(path: Path, rows: list[tuple[str, str, int]]) -> None:
+    """A file as UCSD's: one JSON object a line, with fields that are not read."""
+    with gzip.open(path, "wt", compresslevel=1) as file:
+        for user, item, time in rows:
+            fields = {"reviewerID": user, "asin": item, "reviewText": "Süß", "overall": 5.0, "unixReviewTime": time}
+            file.write(json.dumps(fields) + "\n")
+
+
+@needs_real_data
+@pytest.mark.parametrize("split", ["beauty", "toys"])
+def test_review_files_give_the_sequences_of_p5(tmp_path, split):
+    """Written from P5's own sequences: in the order of the users' first rows, else shuffled, but for rows of one user
+    and day; with users and items that are no part of the 5-core."""
+    raw = REAL / "raw" / split
+    expected = read_amazon(raw, "rebuilt")
+    draw = random.Random(0)
+    bounds = zip(expected.interactions.offsets, expected.interactions.offsets[1:], strict=False)
+    rows, firsts = [], []
+    for user, (start, end) in zip(expected.user_keys, bounds, strict=True):
+        items = [expected.item_keys[n] for n in expected.interactions.items[start:end].tolist()]
+        days = sorted(draw.randrange(3) for _ in items)
+        by_day = [[(user, item, day) for item, d in zip(items, days, strict=True) if d == day] for day in range(3)]
+        draw.shuffle(by_day)
+        first, *rest = [row for day in by_day for row in day]
+        firsts.append(first)
+        rows.append(rest)
+    strangers = [(f"stranger{n}", f"odd{n % 9}", 7) for n in range(40)]  # items have 4 or 5 users, users one item
+    order = [n for n, rest in enumerate(rows) for _ in rest]
+    draw.shuffle(order)
+    shuffled = [rows[n].pop(0) for n in order]
+    category = {"beauty": "Beauty", "toys": "Toys_and_Games"}[split]
+    folder = tmp_path / "raw" / split
+    folder.mkdir(parents=True)
+    write_reviews(folder / f"reviews_{category}_5.json.gz", [*strangers[:20], *firsts, *strangers[20:], *shuffled])
+    (folder / f"meta_{category}.json.gz").symlink_to(raw / "meta.json.gz")
+
+    corpus = load_corpus(RecDataset.AMAZON, str(tmp_path), split)
+    assert corpus.user_keys == expected.user_keys and corpus.item_keys == expected.item_keys
+    assert corpus.interactions.items.equal(expected.interactions.items)
+    assert corpus.interactions.offsets.equal(expected.interactions.offsets)
+    assert corpus.texts() == expected.texts() and corpus.interactions.timestamps.max() == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"reviewerID": "u", "asin": "a"', "line 26: "),
+        (b'{"reviewerID": "u", "asin": "a"}', "line 26: reviewerID and asin must be strings"),
+        (b'{"reviewerID": "u", "asin": 5, "unixReviewTime": 1}', "line 26: reviewerID and asin must be strings"),
+        (b'{"reviewerID": "u", "asin": "a", "unixReviewTime": 1.5}', "line 26: reviewerID and asin must be"),
+        (b"[1]", "line 26: "),
+        (b'{"reviewerID": "\xff"}', "line 26: "),
+    ],
+)
+def test_malformed_reviews_are_named(tmp_path, line, message):
+    path = tmp_path / "reviews_Beauty_5.json.gz"
+    write_reviews(path, [(f"u{n % 5}", f"i{n // 5}", n) for n in range(25)])
+    (tmp_path / "meta.json.gz").write_bytes(gzip.compress(b"{'asin': 'i2'}\n"))
+    assert read_reviews(path, tmp_path / "meta.json.gz", "tiny").n_users == 5
+    path.write_bytes(path.read_bytes() + gzip.compress(line + b"\n"))
+    with pytest.raises(ValueError, match=re.escape(f"{path}, {message}")):
+        read_reviews(path, tmp_path / "meta.json.gz", "tiny")
+
+
+def test_reviews_without_a_5_core_are_refused(tmp_path):
+    write_reviews(tmp_path / "reviews.json.gz", [("u", f"i{n}", n) for n in range(9)])
+    with pytest.raises(ValueError, match="no user and item have 5 reviews each"):
+        read_reviews(tmp_path / "reviews.json.gz", tmp_path / "meta.json.gz", "tiny")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""Your own catalogue and interactions: tables in, `Corpus` out."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gin
+
+from data.corpus import Corpus
+from data.events import k_core, numbered, sequences
+from data.tables import fail, keys, read_table, times
+
+if TYPE_CHECKING:
+    import polars as pl
+
+UNKNOWN = "Unknown item."
+
+
+@gin.configurable
+@dataclass(frozen=True)
+class CustomData:
+    """Where your data lie and what their columns are called. Bind it in gin; paths start at the working directory.
+
+    name: of the corpus, its cache folder and "{corpus}" in train.save_dir_root.
+    interactions: a .csv, .tsv, .parquet, .jsonl or .ndjson file, one interaction a row. Without it only a corpus that
+    is cached under this name is used, as stage 2 does.
+    items: a file of these kinds with one item a row, the catalogue, whether or not an item has interactions; without
+    it the catalogue is what the interactions name.
+    user_column, item_column: ids, taken as strings. time_column: whole or decimal numbers, or ISO dates; "" where the
+    rows of each user are in time order. item_key_column: the ids in `items`, by default named as in the interactions.
+    text_columns: of `items`; the first enters the item's text as it is, others with their name before them.
+    category_column: of `items`; a list, or names separated by "|".
+    k_core: interactions of users or items with fewer are left out, again and again until none is left; 0 keeps all.
+    drop_unknown: interactions with items that `items` lacks are left out, not an error.
+    drop_duplicates: of rows with equal user, item and time only the first counts.
+    What is left out is counted in a printed line.
+    """
+
+    name: str = "custom"
+    interactions: str | None = None
+    items: str | None = None
+    user_column: str = "user"
+    item_column: str = "item"
+    time_column: str = "timestamp"
+    item_key_column: str | None = None
+    text_columns: tuple[str, ...] = ()
+    category_column: str | None = None
+    k_core: int = 0
+    drop_unknown: bool = False
+    drop_duplicates: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
+            raise ValueError(f"CustomData.name = {self.name!r} must be usable as the name of a folder")
+        if (self.text_columns or self.category_column) and self.items is None:
+            raise ValueError("CustomData.text_columns and category_column are columns of CustomData.items: bind it too")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(path for path in (self.interactions, self.items) if path)
+
+    @property
+    def options(self) -> dict | None:
+        """All parameters, as JSON keeps them; None where only a cached corpus is asked for."""
+        return json.loads(json.dumps(asdict(self))) if self.interactions else None
+
+    def read(self) -> Corpus:
+        """Users come in the order of their first interaction, items in the order of `items`, or of their first
+        interaction without it. Ties in time keep the order of the file.
+
+        Raises ValueError that names file and row where an id is missing, unknown or repeated among the items, or a
+        time can't be read; FileNotFoundError where a file is missing.
+        """
+        import polars as pl
+
+        if self.interactions is None:
+            raise ValueError(
+                f"No cached corpus {self.name!r} is usable, and CustomData.interactions is not bound: run "
+                "train_rqvae.py with it first, or bind CustomData here as there."
+            )
+        path = Path(self.interactions)
+        columns = [column for column in (self.user_column, self.item_column, self.time_column) if column]
+        table = read_table(path, columns, text=(self.user_column, self.item_column))
+        stamps = times(path, table, self.time_column) if self.time_column else None
+        events = pl.DataFrame(
+            {"user": keys(path, table, self.user_column), "item": keys(path, table, self.item_column)}
+        ).with_columns(timestamp=pl.lit(None, pl.Int64) if stamps is None else stamps)
+        catalogue = self._catalogue()
+        events = self._chosen(path, events, catalogue)
+        if events.is_empty():
+            raise ValueError(f"{path}: no interaction is left of {len(table):,}")
+        if catalogue is None:
+            distinct = events["item"].unique(maintain_order=True)
+            catalogue = pl.DataFrame({"key": distinct}).with_columns(
+                text=pl.lit(UNKNOWN), categories=pl.lit([], pl.List(pl.String))
+            )
+        return self._corpus(events, catalogue)
+
+    def _chosen(self, path: Path, events: "pl.DataFrame", catalogue: "pl.DataFrame | None") -> "pl.DataFrame":
+        """Without unknown items, duplicates, and what the k-core leaves out; says how many rows are gone."""
+
+        left_out, total = {}, len(events)
+        if catalogue is not None:
+            known = events["item"].is_in(catalogue["key"].implode())
+            if not known.all() and not self.drop_unknown:
+                row = int((~known).arg_true()[0])
+                problem = f"item {events['item'][row]!r} is not in {self.items}"
+                fail(
+                    path,
+                    row,
+                    f"{problem}; CustomData.drop_unknown = True leaves such rows out, {(~known).sum():,} here",
+                )
+            events = events.filter(known)
+            left_out["with items that are not in the catalogue"] = total - len(events)
+        if self.drop_duplicates and self.time_column:
+            before = len(events)
+            events = events.unique(["user", "item", "timestamp"], keep="first", maintain_order=True)
+            left_out["that repeat another"] = before - len(events)
+        if self.k_core > 1:
+            before = len(events)
+            events = k_core(events, self.k_core)
+            left_out[f"outside the {self.k_core}-core"] = before - len(events)
+        for why, count in left_out.items():
+            if count:
+                print(f"{path}: left out {count:,} of {total:,} rows {why}", flush=True)
+        return events
+
+    def _catalogue(self) -> "pl.DataFrame | None":
+        """key, text, categories of every item."""
+        import polars as pl
+
+        if self.items is None:
+            return None
+        path, key = Path(self.items), self.item_key_column or self.item_column
+        columns = [key, *self.text_columns, *([self.category_column] if self.category_column else [])]
+        table = read_table(path, list(dict.fromkeys(columns)), text=(key,))
+        ids = keys(path, table, key)
+        if ids.is_empty():
+            raise ValueError(f"{path}: there must be an item")
+        repeated = ids.is_duplicated()
+        if repeated.any():
+            row = int((~ids.is_first_distinct()).arg_true()[0])
+            fail(path, row, f"item {ids[row]!r} has a row already")
+        categories = _names(table, self.category_column) if self.category_column else pl.lit([], pl.List(pl.String))
+        return table.select(key=ids, text=_text(table, self.text_columns), categories=categories)
+
+    def _corpus(self, events: "pl.DataFrame", catalogue: "pl.DataFrame") -> Corpus:
+        import polars as pl
+
+        user_keys, users = numbered(events["user"])
+        items = catalogue.select(item="key").with_row_index("number")
+        events = events.with_columns(user=users).join(items, on="item", how="left", maintain_order="left")
+        seconds = pl.col("timestamp").floor().cast(pl.Int64) if events["timestamp"].dtype.is_float() else "timestamp"
+        events = events.sort("timestamp", maintain_order=True).select("user", timestamp=seconds, item="number")
+        _, interactions = sequences(events)
+        return Corpus.build(
+            self.name,
+            interactions,
+            item_keys=catalogue["key"].to_list(),
+            user_keys=user_keys,
+            texts=catalogue["text"].to_list(),
+            categories=catalogue["categories"].to_list(),
+        )
+
+
+def _text(table: "pl.DataFrame", columns: tuple[str, ...]) -> "pl.Expr":
+    """ "Blue shoe. Brand: Acme." from the columns title and brand; what is empty is left out."""
+    import polars as pl
+
+    parts = []
+    for number, column in enumerate(columns):
+        value = pl.col(column)
+        if isinstance(table.schema[column], pl.List):
+            value = _names(table, column).list.join(", ")
+        value = value.cast(pl.String).str.replace_all(r"\s+", " ").str.strip_chars()
+        value = pl.when(value != "").then(value)
+        labelled = pl.format(column.capitalize() + ": {}", value) if number else value
+        parts.append(pl.when(labelled.str.contains(r"[.!?]$")).then(labelled).otherwise(labelled + "."))
+    if not parts:
+        return pl.lit(UNKNOWN)
+    text = pl.concat_str(parts, separator=" ", ignore_nulls=True)
+    return pl.when(text != "").then(text).otherwise(pl.lit(UNKNOWN))
+
+
+def _names(table: "pl.DataFrame", column: str) -> "pl.Expr":
+    import polars as pl
+
+    names = pl.col(column).cast(pl.List(pl.String) if isinstance(table.schema[column], pl.List) else pl.String)
+    if not isinstance(table.schema[column], pl.List):
+        names = names.str.split("|")
+    return (
+        names.list.eval(pl.element().str.strip_chars())
+        .list.eval(pl.element().filter(pl.element().is_not_null() & (pl.element() != "")))
+        .list.unique(maintain_order=True)
+        .fill_null([])
+    )
