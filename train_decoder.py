@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from data.processed import RecDataset, load_corpus
-from data.splits import every_prefix, leave_one_out, windows
+from data.splits import draw_splits, every_prefix, windows
 from data.utils import SequenceSource, Shuffler, derive_seed, tokenize
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
@@ -28,6 +28,7 @@ def train(
     dataset: RecDataset = gin.REQUIRED,
     dataset_folder: str = "dataset",
     dataset_split: str = "",
+    split: str = "leave-one-out",
     pretrained_rqvae_path: str = "out/rqvae_{corpus}",
     save_dir_root: str = "out/decoder_{corpus}",
     iterations: int = 20_000,
@@ -57,8 +58,9 @@ def train(
 ) -> dict[str, float]:
     """Trains the retriever of one corpus and returns what metrics.json holds.
 
-    dataset, dataset_folder, dataset_split: see `data.processed.load_corpus`. pretrained_rqvae_path: run or tokenizer
-    folder, or the semantic IDs file; in it and in save_dir_root "{corpus}" stands for the corpus name.
+    dataset, dataset_folder, dataset_split: see `data.processed.load_corpus`. split: "leave-one-out" or "temporal",
+    the tokenizer's. pretrained_rqvae_path: run or tokenizer folder, or the semantic IDs file; in it and in
+    save_dir_root "{corpus}" stands for the corpus name.
     batch_size: histories a micro-step over all processes. max_items: longest history. every_position: each
     item of a training window is a target given those before it; off: one target a history, as a
     bidirectional encoder needs. exclude_history: rank only items the user has not consumed, for the baselines as
@@ -79,6 +81,12 @@ def train(
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
     semantic_ids = SemanticIds.load(pretrained_rqvae_path.format(corpus=corpus.name))
     semantic_ids.check_corpus(corpus.name, corpus.hash)
+    splits = draw_splits(split, corpus.interactions)
+    if (seen := semantic_ids.tokenizer.get("split", splits.name)) != splits.name:
+        raise ValueError(
+            f"The tokenizer was made for the {seen} split and may know what the {splits.name} split tests on: bind "
+            "train.split and the shares of `temporal` as for train_rqvae.py."
+        )
     run = Run(
         save_dir_root.format(corpus=corpus.name),
         {"corpus": corpus.hash, "semantic_ids": semantic_ids.digest},
@@ -87,7 +95,6 @@ def train(
         resume,
     )
     trie = Trie.build(semantic_ids.codes).to(device)
-    splits = leave_one_out(corpus.interactions)
     if len(splits.test) == 0:
         raise ValueError(f"No user of corpus '{corpus.name}' has three or more interactions: nothing to evaluate.")
     samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)

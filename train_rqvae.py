@@ -17,10 +17,12 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast, set_seed
 
 from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
+from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
 from data.features import FeatureSource, item_features
 from data.processed import RecDataset, load_corpus
-from data.splits import leave_one_out
+from data.splits import draw_splits
 from data.utils import Shuffler, derive_seed
+from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.rqvae import RqVae
 from modules.tokenizer.semids import SemanticIds
 from training import cli, plots, report
@@ -38,6 +40,7 @@ def train(
     features: Sequence[FeatureSource] = gin.REQUIRED,
     dataset_folder: str = "dataset",
     dataset_split: str = "",
+    split: str = "leave-one-out",
     categories: bool = False,
     save_dir_root: str = "out/rqvae_{corpus}",
     iterations: int = 20_000,
@@ -63,11 +66,11 @@ def train(
     """Trains the tokenizer of one corpus and returns what metrics.json holds.
 
     dataset, dataset_folder, dataset_split: see `data.processed.load_corpus`. features: what describes the items,
-    e.g. [@TfidfSvd()]; categories: append them as multi-hot columns. save_dir_root: "{corpus}" stands for the
-    corpus name. batch_size: items a micro-step over all processes. gumbel_temperature: first and last, geometric
-    in between (Gumbel-softmax only). refit_every: steps between k-means fits of
-    the codebooks to the current encoder, the last after the end; 0: never. mixed_precision_type: "fp16" or "bf16",
-    used if amp. *_every: in steps.
+    e.g. [@TfidfSvd()]; categories: append them as multi-hot columns. split: "leave-one-out" or "temporal"; features
+    read its training data only. save_dir_root: "{corpus}" stands for the corpus name. batch_size: items a micro-step
+    over all processes. gumbel_temperature: first and last, geometric in between (Gumbel-softmax only).
+    refit_every: steps between k-means fits of the codebooks to the current encoder, the last after the end; 0: never.
+    mixed_precision_type: "fp16" or "bf16", used if amp. *_every: in steps.
     """
     accelerator = Accelerator(
         mixed_precision=mixed_precision_type if amp else "no",
@@ -78,8 +81,8 @@ def train(
     with accelerator.main_process_first():
         force = force_dataset_process and accelerator.is_local_main_process
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
-        splits = leave_one_out(corpus.interactions)
-        described = item_features(corpus, features, dataset_folder, splits.train_lengths, force, categories)
+    splits = draw_splits(split, corpus.interactions)
+    described = item_features(corpus, features, dataset_folder, splits.train_lengths, force_dataset_process, categories)
     run = Run(
         save_dir_root.format(corpus=corpus.name),
         {"corpus": corpus.hash, "features": described.identity},
@@ -108,7 +111,8 @@ def train(
 
     report.heading(
         "Tokenizer",
-        corpus=f"{corpus.name}: {corpus.n_items:,} items, features {x.shape[1]} ({described.identity})",
+        corpus=f"{corpus.name}: {corpus.n_items:,} items, features {x.shape[1]} ({described.identity}), "
+        f"{splits.name} split",
         model=f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}",
         folder=run.root,
         start=f"step {first:,} of {iterations:,}",
@@ -162,7 +166,9 @@ def train(
 
     metrics = catalogue_metrics(model, x)
     if accelerator.is_main_process:
-        semantic_ids = save_tokenizer(run.root / "tokenizer", model, model.codes(x), corpus, described.identity)
+        semantic_ids = save_tokenizer(
+            run.root / "tokenizer", model, model.codes(x), corpus, described.identity, splits.name
+        )
         metrics["extra_level_size"] = semantic_ids.level_sizes[-1]
         plots.tokenizer(run.root)
     run.finish(metrics)
@@ -187,11 +193,11 @@ def catalogue_metrics(model: RqVae, x: torch.Tensor) -> dict[str, float]:
     return {**model.losses(x), **usage, "collision_rate": collision_rate(codes)}
 
 
-def save_tokenizer(folder: Path, model: RqVae, codes: torch.Tensor, corpus, features: str) -> SemanticIds:
+def save_tokenizer(folder: Path, model: RqVae, codes: torch.Tensor, corpus, features: str, split: str) -> SemanticIds:
     """Writes the model and the catalogue's semantic IDs."""
     model.save_pretrained(folder)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-    identity = {"weights": weights, "features": features, "config": json.dumps(model.config)}
+    identity = {"weights": weights, "features": features, "split": split, "config": json.dumps(model.config)}
     size = model.config["codebook_size"]
     semantic_ids = SemanticIds.from_codes(codes, size, corpus.item_keys, corpus.name, corpus.hash, identity)
     semantic_ids.save(folder / "semantic_ids.safetensors")

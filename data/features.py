@@ -1,23 +1,21 @@
 """Items to vectors, the input of the tokenizer: computed once by each source and cached."""
 
 import hashlib
-import os
 import re
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import gin
 import numpy as np
+from accelerate import PartialState
 from torch import Tensor
 
+from data.chunks import encode_chunks, save_array
 from data.corpus import Corpus
 
 MAX_CATEGORIES = 512
-MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 
 
 class FeatureSource(Protocol):
@@ -38,16 +36,6 @@ class FeatureSource(Protocol):
         ...
 
 
-class TextEncoder:
-    """A source that reads the item texts only; subclasses write `encode`."""
-
-    def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
-        return corpus.text_hash
-
-    def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
-        return self.encode(corpus.texts())
-
-
 @dataclass(frozen=True)
 class ItemFeatures:
     """values [N, D + n_cat_features] float32, row n is item n; memory-mapped where n_cat_features is 0.
@@ -61,88 +49,6 @@ class ItemFeatures:
     identity: str
 
 
-@gin.configurable
-@dataclass(frozen=True)
-class TfidfSvd(TextEncoder):
-    """Latent semantic analysis (Deerwester et al. 1990): tf-idf, projected on its largest components.
-
-    dim: D. ngrams: longest run of words that counts as a term. min_df: texts a term must be in to count.
-
-    Term frequencies enter as 1 + log tf. Rows have length 1, like those of most sentence encoders; a text
-    without any term that the components know is all zeros. ARPACK solves to machine precision from a fixed
-    start, so that the result depends on the texts alone.
-    """
-
-    dim: int = 256
-    ngrams: int = 2
-    min_df: int = 2
-
-    @property
-    def identity(self) -> str:
-        return f"tfidf-svd(dim={self.dim}, ngrams={self.ngrams}, min_df={self.min_df})"
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """N texts -> [N, dim] float32. Raises ValueError where dim is more than the texts allow."""
-        from sklearn.decomposition import TruncatedSVD
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
-        vectorizer = TfidfVectorizer(ngram_range=(1, self.ngrams), min_df=self.min_df, sublinear_tf=True)
-        try:
-            terms = vectorizer.fit_transform(texts)
-        except ValueError as error:
-            raise ValueError(f"{self.identity} finds no terms in {len(texts)} texts: {error}") from error
-        if not 1 <= self.dim < min(terms.shape):
-            raise ValueError(
-                f"TfidfSvd.dim = {self.dim} does not fit {terms.shape[0]} texts with {terms.shape[1]} terms: "
-                f"the largest possible value is {min(terms.shape) - 1}"
-            )
-        values = TruncatedSVD(self.dim, algorithm="arpack", random_state=0).fit_transform(terms)
-        # Rows of `terms` have length 1: a projection shorter than 1e-6 is rounding error, not to be blown up.
-        values /= np.linalg.norm(values, axis=1, keepdims=True).clip(min=1e-6)
-        return values.astype(np.float32)
-
-
-@gin.configurable
-@dataclass
-class SentenceEncoder(TextEncoder):
-    """A sentence-transformers model.
-
-    model: its name on the Hugging Face Hub, or a local folder. device: None takes a GPU where there is one.
-    """
-
-    model: str = "sentence-transformers/sentence-t5-base"
-    batch_size: int = 64
-    device: str | None = None
-
-    @cached_property
-    def identity(self) -> str:
-        """The name on the Hub; for a folder, a hash of the files that make the model, wherever it lies."""
-        folder = Path(self.model).expanduser()
-        if not folder.is_dir():
-            return self.model
-        files = [path for path in sorted(folder.rglob("*")) if path.suffix in MODEL_FILES and path.is_file()]
-        digest = hashlib.sha256()
-        for path in files:
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
-        return f"sentence-encoder-{digest.hexdigest()[:16]}"
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """N texts -> [N, D] float32. Raises ValueError where the model can't be loaded."""
-        from sentence_transformers import SentenceTransformer
-
-        folder = Path(self.model).expanduser()
-        try:
-            model = SentenceTransformer(str(folder) if folder.is_dir() else self.model, device=self.device)
-        except Exception as error:  # the Hub client, the network and the model formats raise dozens of types
-            raise ValueError(
-                f"SentenceEncoder.model = {self.model!r} can't be loaded ({type(error).__name__}: {error}). "
-                "Give the path of a downloaded model instead, or take TfidfSvd, which needs none."
-            ) from error
-        return model.encode(texts, batch_size=self.batch_size, show_progress_bar=True)
-
-
 def item_features(
     corpus: Corpus,
     sources: Sequence[FeatureSource],
@@ -151,7 +57,8 @@ def item_features(
     force: bool = False,
     categories: bool = False,
 ) -> ItemFeatures:
-    """The vectors of all sources side by side; each cached in `<dataset_folder>/features/<corpus.name>`.
+    """The vectors of all sources side by side; each cached in `<dataset_folder>/features/<corpus.name>`. Where there
+    are several processes, all of them call it: some sources are computed by all, the others by the first.
 
     Of several sources, each is divided by the deviation of its rows (one number a source), so that all have
     the same say; a constant source stays as it is. train_lengths: [U] int64, what a source may read of the
@@ -171,18 +78,36 @@ def item_features(
         content = source.content(corpus, train_lengths)
         key = hashlib.sha256(f"{source.identity}\0{content}".encode()).hexdigest()[:16]
         path = folder / f"{slug}-{key}.npy"
-        blocks.append(_cached(path, corpus.n_items, partial(_compute, source, corpus, train_lengths), force))
+        write = partial(_write, path, source, corpus, train_lengths, force)
+        blocks.append(_cached(path, corpus.n_items, write, force))
     if len(blocks) > 1:
         deviations = [float(block.var(0, dtype=np.float64).sum()) ** 0.5 for block in blocks]
         blocks = [block / (size if size > 1e-6 else 1) for block, size in zip(blocks, deviations, strict=True)]
     identity, n_cat_features = " + ".join(source.identity for source in sources), 0
     if categories:
         path = folder / f"categories-{corpus.hash}.npy"
-        blocks.append(_cached(path, corpus.n_items, partial(_multi_hot, corpus), force))
+        write = partial(_save_by_main, path, partial(_multi_hot, corpus))
+        blocks.append(_cached(path, corpus.n_items, write, force))
         n_cat_features = blocks[-1].shape[1]
         identity += f" + {n_cat_features} categories"
     values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
     return ItemFeatures(values, n_cat_features, identity)
+
+
+def _write(path: Path, source: FeatureSource, corpus: Corpus, train_lengths: Tensor, force: bool) -> None:
+    """Computes a source, [N, D], into a file; every process takes part."""
+    chunk_items = getattr(source, "chunk_items", None)
+    if chunk_items is not None:
+        encode_chunks(source.encode, corpus.texts(), chunk_items, path, force)
+    else:
+        _save_by_main(path, partial(_compute, source, corpus, train_lengths))
+
+
+def _save_by_main(path: Path, compute: Callable[[], np.ndarray]) -> None:
+    state = PartialState()
+    if state.is_main_process:
+        save_array(path, compute())
+    state.wait_for_everyone()
 
 
 def _compute(source: FeatureSource, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
@@ -210,17 +135,12 @@ def _multi_hot(corpus: Corpus) -> np.ndarray:
     return values
 
 
-def _cached(path: Path, n_items: int, compute: Callable[[], np.ndarray], force: bool) -> np.ndarray:
-    """The array in `path`, memory-mapped; where it isn't there, computed, written aside and renamed."""
-    if force or not path.exists():
-        values = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}.npy")
-        try:
-            np.save(aside, values)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+def _cached(path: Path, n_items: int, write: Callable[[], None], force: bool) -> np.ndarray:
+    """The array in `path`, memory-mapped; where it isn't there, all processes call `write` first."""
+    wanted = force or not path.exists()
+    PartialState().wait_for_everyone()  # all have looked before anyone writes
+    if wanted:
+        write()
     try:
         values = np.load(path, mmap_mode="c")  # copy on write: torch takes only arrays that it may write to
     except (ValueError, EOFError) as error:

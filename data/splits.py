@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import gin
 import torch
 from torch import Tensor
 
@@ -34,6 +35,48 @@ def leave_one_out(interactions: Interactions) -> Splits:
     valid = Samples(users, lengths[users] - 2, fixed)
     test = Samples(users, lengths[users] - 1, fixed)
     return Splits("leave-one-out", train_lengths, valid, test)
+
+
+@gin.configurable
+def temporal(interactions: Interactions, valid_share: float = 0.1, test_share: float = 0.1) -> Splits:
+    """Two points in time, the same for all users, cut training data, validation and test (Meng et al. 2020).
+
+    The last `test_share` of all interactions are later than the second cut or at it, the `valid_share` before them
+    than the first. A user's task is their first interaction from a cut on, of validation before the second cut, given
+    all that came before the cut; users without any before it have none. Whatever comes from the first cut on is no
+    training data, also of users who are not evaluated.
+
+    Raises ValueError where the interactions have no times, a share is not positive or nothing is left to train on, or
+    a cut leaves no task.
+    """
+    times, shares = interactions.timestamps, (1 - valid_share - test_share, valid_share, test_share)
+    if times is None:
+        raise ValueError("The temporal split needs timestamps, and this corpus has the order only: use leave-one-out.")
+    if min(shares) <= 0:
+        raise ValueError(
+            f"temporal.valid_share = {valid_share} and test_share = {test_share} must be positive and below 1"
+        )
+    ends = [round((1 - share) * len(times)) for share in (valid_share + test_share, test_share)]
+    cuts = [times.kthvalue(min(end + 1, len(times))).values for end in ends]
+    users = row_indices(interactions.offsets, len(times))
+    before = [torch.bincount(users[times < cut], minlength=interactions.n_users) for cut in cuts]  # 2 x [U]
+
+    def tasks(position: Tensor, end: Tensor) -> Samples:
+        chosen = ((position > 0) & (position < end)).nonzero().squeeze(1)
+        return Samples(chosen, position[chosen], torch.zeros_like(chosen))
+
+    valid, test = tasks(before[0], before[1]), tasks(before[1], interactions.offsets.diff())
+    if not len(valid) or not len(test):
+        raise ValueError("The temporal split leaves no user to validate or test on: choose larger shares.")
+    return Splits("temporal {:.0%}/{:.0%}/{:.0%}".format(*shares), before[0], valid, test)
+
+
+def draw_splits(kind: str, interactions: Interactions) -> Splits:
+    """kind: "leave-one-out", or "temporal" with the gin parameters of `temporal`. ValueError for any other."""
+    kinds = {"leave-one-out": leave_one_out, "temporal": temporal}
+    if kind not in kinds:
+        raise ValueError(f"train.split must be one of {', '.join(kinds)}, not {kind!r}")
+    return kinds[kind](interactions)
 
 
 def in_training(interactions: Interactions, train_lengths: Tensor) -> Tensor:

@@ -110,13 +110,20 @@ def run(folder: Path, script: str, *extra: str) -> dict[str, float]:
 
 
 def launch(folder: Path, script: str, *extra: str, processes: int = 2) -> dict[str, float]:
-    """Runs one stage under `accelerate launch` on the CPU and returns its metrics.json."""
+    """Runs one stage in several processes on the CPU and returns its metrics.json.
+
+    By torchrun: `accelerate launch --cpu` starts one process, whatever the number asked for.
+    """
     config = folder / f"{script}.gin"
     config.write_text("\n".join(bindings(folder, script, *extra)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [f"train_{script}.py", str(config), "--traceback"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     root = next(line for line in reversed(config.read_text().splitlines()) if "save_dir_root" in line).split('"')[1]
     return json.loads((Path(root) / "metrics.json").read_text())

@@ -167,3 +167,28 @@ def test_half_precision_trains(trained, tmp_path):
         rows = [row for row in lines(tmp_path / name / "metrics.jsonl") if row["split"] == "valid" and "loss" in row]
         losses.append(rows[-1]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
+def test_your_own_tables_train_both_stages_on_a_temporal_split(tmp_path, capsys):
+    """Stage 2 names the corpus only; a tokenizer of another split is refused."""
+    write_raw(tmp_path)
+    raw = tmp_path / "raw" / "beauty"
+    rows = [line.split() for line in (raw / "sequential_data.txt").read_text().splitlines()]
+    events = [f"{user},{item},{time + int(user)}" for user, *items in rows for time, item in enumerate(items)]
+    (tmp_path / "events.csv").write_text("user,item,timestamp\n" + "\n".join(events))
+    titles = [f"{n + 1},thing{n % 5} of kind{n // 5}" for n in range(N_ITEMS)]
+    (tmp_path / "items.csv").write_text("item,title\n" + "\n".join(titles))
+    name = ("train.dataset = %data.processed.RecDataset.CUSTOM", 'train.dataset_split = ""', 'CustomData.name = "mine"')
+    files = (f'CustomData.interactions = "{tmp_path}/events.csv"', f'CustomData.items = "{tmp_path}/items.csv"')
+    split = ("train.split = 'temporal'", "temporal.test_share = 0.3")
+    features = ("TfidfSvd.min_df = 1", 'CustomData.text_columns = ("title",)')
+    run(tmp_path, "rqvae", *name, *files, *split, *features)
+    metrics = run(tmp_path, "decoder", *name, *split, "train.iterations = 100")
+    assert metrics["test/recall@1"] > 0.5 and metrics["test/transition/recall@1"] > 0.5
+    output = capsys.readouterr().out
+    assert output.count("temporal 60%/10%/30% split") == 3, "in both headings and over the figures"
+    config = (tmp_path / "out" / "decoder" / "config.gin").read_text()
+    assert "split = 'temporal'" in config and "temporal.test_share = 0.3" in config
+    for other in ((), (split[0],)):
+        with pytest.raises(ValueError, match="temporal 60%/10%/30% split and may know"):
+            run(tmp_path, "decoder", *name, *other)

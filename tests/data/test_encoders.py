@@ -12,7 +12,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 
-from data.features import SentenceEncoder, TfidfSvd
+from data.encoders import SentenceEncoder, TfidfSvd
 from data.processed import RecDataset, load_corpus
 from tests.data.test_features import TEXTS
 
@@ -149,3 +149,32 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_error(monkeypatch, model):
     with pytest.raises(ValueError, match="TfidfSvd") as raised:
         SentenceEncoder(model).encode(TEXTS)
     assert repr(model) in str(raised.value) and "path of a downloaded model" in str(raised.value)
+
+
+def test_precision_normalization_and_prompt(model_folder):
+    model = str(model_folder / "whole")
+    plain = SentenceEncoder(model, device="cpu")
+    values = plain.encode(TEXTS)
+    normalized = SentenceEncoder(model, device="cpu", normalize=True)
+    expected = values / np.linalg.norm(values, axis=1, keepdims=True)
+    np.testing.assert_allclose(normalized.encode(TEXTS), expected, atol=1e-6)
+    prompted = SentenceEncoder(model, device="cpu", prompt="red game ")
+    np.testing.assert_allclose(prompted.encode(TEXTS), plain.encode(["red game " + text for text in TEXTS]), atol=1e-6)
+    half = SentenceEncoder(model, device="cpu", precision="bfloat16")
+    assert half.encode(TEXTS).dtype == np.float32
+    np.testing.assert_allclose(half.encode(TEXTS), values, atol=0.05)
+    assert not np.array_equal(half.encode(TEXTS), values)
+    assert len({encoder.identity for encoder in (plain, normalized, prompted, half)}) == 4
+    assert plain.identity == SentenceEncoder(model, batch_size=2, chunk_items=3, device="cpu").identity
+    with pytest.raises(ValueError, match="one of float32, bfloat16, float16, not 'int8'"):
+        SentenceEncoder(model, precision="int8")
+
+
+def test_a_catalogue_is_encoded_in_chunks(tmp_path, model_folder):
+    from tests.data.test_features import compute, make
+
+    model = str(model_folder / "whole")
+    whole = compute(make(), [SentenceEncoder(model, device="cpu")], tmp_path / "a").values
+    chunked = compute(make(), [SentenceEncoder(model, device="cpu", chunk_items=3)], tmp_path / "b").values
+    np.testing.assert_allclose(chunked, whole, atol=1e-6)
+    assert isinstance(chunked, np.memmap)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data.corpus import Corpus
-from data.features import FeatureSource, ItemFeatures, TextEncoder, TfidfSvd, item_features
+from data.encoders import TextEncoder, TfidfSvd
+from data.features import FeatureSource, ItemFeatures, item_features
 from data.processed import RecDataset, load_corpus
 from data.schemas import Interactions
 
@@ -214,7 +215,8 @@ def test_cached_features_need_no_library_that_made_them(tmp_path):
 import sys
 for module in ("polars", "sklearn", "scipy", "sentence_transformers", "transformers"):
     sys.modules[module] = None  # importing it raises ImportError
-from data.features import TfidfSvd, item_features
+from data.encoders import TfidfSvd
+from data.features import item_features
 from data.processed import RecDataset, load_corpus
 corpus = load_corpus(RecDataset.SAMPLE, {str(tmp_path)!r})
 encoder = TfidfSvd(dim=4, ngrams=1, min_df=50)

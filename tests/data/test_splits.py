@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from data.cooccurrence import cooccurrence_counts
 from data.schemas import Interactions, Samples
-from data.splits import every_prefix, leave_one_out, windows
+from data.splits import draw_splits, every_prefix, leave_one_out, temporal, windows
 from data.utils import SequenceSource
 
 lengths_strategy = st.lists(st.integers(1, 50), min_size=1, max_size=12)
@@ -93,3 +96,77 @@ def test_windows_slide_over_their_whole_slack():
         cuts.append(source.batch(index, uniform.expand(len(samples))).targets.values.tolist())
     seen = [sorted(set(column)) for column in zip(*cuts, strict=True)]
     assert sorted(seen) == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19], [20]]
+
+
+timed = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=9), min_size=1, max_size=9)
+
+
+def with_times(rows: list[list[int]]) -> Interactions:
+    interactions = make([len(row) for row in rows])
+    times = torch.tensor([time for row in rows for time in sorted(row)])
+    return Interactions(interactions.items, interactions.offsets, times)
+
+
+@settings(deadline=None, max_examples=60)
+@given(timed, st.sampled_from([(0.1, 0.1), (0.2, 0.3), (0.45, 0.5), (0.01, 0.02)]))
+def test_the_temporal_split_cuts_all_users_at_the_same_two_times(rows, shares):
+    every = sorted(time for row in rows for time in row)
+    first, second = (
+        every[min(round(len(every) * share), len(every) - 1)] for share in (1 - sum(shares), 1 - shares[1])
+    )
+    expected = {"valid": [], "test": []}
+    for user, row in enumerate(map(sorted, rows)):
+        for name, start, end in (("valid", first, second), ("test", second, math.inf)):
+            later = [position for position, time in enumerate(row) if start <= time < end]
+            if later and later[0] > 0:
+                expected[name].append((user, later[0]))
+    if not all(expected.values()):
+        with pytest.raises(ValueError, match="leaves no user"):
+            temporal(with_times(rows), *shares)
+        return
+    splits = temporal(with_times(rows), *shares)
+    assert (pairs(splits.valid), pairs(splits.test)) == (expected["valid"], expected["test"])
+    assert splits.train_lengths.tolist() == [sum(time < first for time in row) for row in rows]
+    assert splits.name == f"temporal {1 - sum(shares):.0%}/{shares[0]:.0%}/{shares[1]:.0%}"
+
+
+@settings(deadline=None, max_examples=20)
+@given(timed, st.integers(0, 2**32))
+def test_what_comes_after_the_cut_reaches_neither_features_nor_training_batches(rows, seed):
+    """Two corpora that differ only in which items come from the first cut on."""
+    interactions = with_times(rows)
+    try:
+        splits = temporal(interactions, 0.2, 0.2)
+    except ValueError:
+        assume(False)
+    starts = interactions.offsets[:-1].repeat_interleave(interactions.offsets.diff())
+    positions = torch.arange(len(interactions)) - starts
+    later = positions >= splits.train_lengths.repeat_interleave(interactions.offsets.diff())
+    n_items = len(interactions)
+    changed = interactions.items.clone()
+    changed[later] = torch.randint(n_items, (int(later.sum()),), generator=torch.Generator().manual_seed(seed)).int()
+    seen = []
+    for items in (interactions.items, changed):
+        corpus_interactions = Interactions(items, interactions.offsets, interactions.timestamps)
+        lengths = temporal(corpus_interactions, 0.2, 0.2).train_lengths
+        counts = cooccurrence_counts(corpus_interactions, lengths, n_items, window=2).toarray()
+        samples = windows(lengths, 3)
+        source = SequenceSource(corpus_interactions, samples, 3, torch.device("cpu"), every_position=True)
+        batch = source.batch(torch.arange(len(samples))) if len(samples) else None
+        seen.append((counts, batch))
+    np.testing.assert_array_equal(seen[0][0], seen[1][0])
+    for one, other in zip(
+        *(([] if batch is None else [batch.history.values, batch.targets.values]) for _, batch in seen), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_splits_that_cannot_be_drawn_are_refused():
+    with pytest.raises(ValueError, match="needs timestamps"):
+        temporal(make([5, 5]))
+    for shares in ((0, 0.1), (0.1, 0), (0.5, 0.5), (-0.1, 0.2)):
+        with pytest.raises(ValueError, match="must be positive"):
+            temporal(with_times([[1, 2, 3]]), *shares)
+    with pytest.raises(ValueError, match="leave-one-out, temporal, not 'random'"):
+        draw_splits("random", make([5]))
+    assert draw_splits("leave-one-out", make([5])).name == "leave-one-out"

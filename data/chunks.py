@@ -1,0 +1,86 @@
+"""Encoding a large catalogue: in chunks that survive an interruption, shared by processes, into a mapped matrix."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+
+
+def encode_chunks(
+    encode: Callable[[list[str]], np.ndarray], texts: list[str], size: int, path: Path, fresh: bool = False
+) -> None:
+    """Writes the [N, D] float32 matrix of N texts to `path`, a .npy file, `size` texts at a time.
+
+    All processes call it; each encodes its share, the first one joins them. Chunks wait in the folder `<path>.chunks`,
+    so that a run that is started again goes on with those that are missing. fresh: encode all of them again.
+
+    Raises ValueError where a chunk has another number of rows or of columns than it must have, or values that are not
+    finite.
+    """
+    if size < 1:
+        raise ValueError(f"chunk_items = {size} must be positive")
+    state = PartialState()
+    folder = path.with_name(f".{path.stem}-{size}.chunks")
+    if state.is_main_process:
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    state.wait_for_everyone()
+    starts = range(0, len(texts), size)
+    files = [folder / f"{number:06d}.npy" for number in range(len(starts))]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    state.wait_for_everyone()  # all have looked before anyone writes, and share the same list
+    for done, number in enumerate(missing[state.process_index :: state.num_processes], start=1):
+        chunk = texts[starts[number] : starts[number] + size]
+        values = np.asarray(encode(chunk), dtype=np.float32)
+        if values.ndim != 2 or len(values) != len(chunk):
+            raise ValueError(f"the encoder returned {values.shape} for {len(chunk)} texts")
+        bad = ~np.isfinite(values).all(axis=1)
+        if bad.any():
+            row = int(bad.argmax())
+            raise ValueError(
+                f"the vector of item {starts[number] + row} is not finite; its text is {chunk[row][:200]!r}"
+            )
+        save_array(files[number], values)
+        if len(starts) > 1 and state.is_main_process:
+            encoded = min(len(files) - len(missing) + done * state.num_processes, len(files))
+            print(f"Encoded {encoded:,} of {len(files):,} chunks", flush=True)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _join(files, len(texts), path)
+        shutil.rmtree(folder)
+    state.wait_for_everyone()
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """Writes a .npy file aside and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}.npy")
+    try:
+        np.save(aside, values)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _join(files: list[Path], n_rows: int, path: Path) -> None:
+    """The chunks below each other, without ever holding more than one of them in memory."""
+    parts = [np.load(file, mmap_mode="r") for file in files]
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise ValueError(f"the chunks in {files[0].parent} have {sorted(widths)} columns: delete that folder")
+    aside = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}.npy")
+    try:
+        whole = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(n_rows, *widths))
+        start = 0
+        for part in parts:
+            whole[start : start + len(part)] = part
+            start += len(part)
+        whole.flush()
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
