@@ -68,7 +68,8 @@ def temporal(interactions: Interactions, valid_share: float = 0.1, test_share: f
     valid, test = tasks(before[0], before[1]), tasks(before[1], interactions.offsets.diff())
     if not len(valid) or not len(test):
         raise ValueError("The temporal split leaves no user to validate or test on: choose larger shares.")
-    return Splits("temporal {:.0%}/{:.0%}/{:.0%}".format(*shares), before[0], valid, test)
+    name = "temporal " + "/".join(f"{100 * share:.4g}" for share in shares) + " %"
+    return Splits(name, before[0], valid, test)
 
 
 def draw_splits(kind: str, interactions: Interactions) -> Splits:

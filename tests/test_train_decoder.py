@@ -186,9 +186,9 @@ def test_your_own_tables_train_both_stages_on_a_temporal_split(tmp_path, capsys)
     metrics = run(tmp_path, "decoder", *name, *split, "train.iterations = 100")
     assert metrics["test/recall@1"] > 0.5 and metrics["test/transition/recall@1"] > 0.5
     output = capsys.readouterr().out
-    assert output.count("temporal 60%/10%/30% split") == 3, "in both headings and over the figures"
+    assert output.count("temporal 60/10/30 % split") == 3, "in both headings and over the figures"
     config = (tmp_path / "out" / "decoder" / "config.gin").read_text()
     assert "split = 'temporal'" in config and "temporal.test_share = 0.3" in config
     for other in ((), (split[0],)):
-        with pytest.raises(ValueError, match="temporal 60%/10%/30% split and may know"):
+        with pytest.raises(ValueError, match="temporal 60/10/30 % split and may know"):
             run(tmp_path, "decoder", *name, *other)
