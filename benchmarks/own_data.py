@@ -3,7 +3,7 @@
     python benchmarks/own_data.py scratch/own
 
 Writes 1,000,000 interactions of 50,000 users with 20,000 items, of which 19,000 occur; a user stays with one of 200
-topics, which the titles name. Then runs both scripts for a few steps, with a temporal split that leaves some 4,000 tasks
+topics, which the titles name. Then runs both scripts for a few steps, on a temporal split with some 4,000 tasks
 to evaluate: this shows that it works and what preparing the data takes, not how well it recommends.
 """
 

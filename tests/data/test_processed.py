@@ -95,6 +95,8 @@ def test_force_reads_the_raw_files_and_replaces_the_folder(folder):
         (RecDataset.AMAZON, "", "'beauty' or 'sports' or 'toys'"),
         (RecDataset.AMAZON, "Beauty", "'beauty' or 'sports' or 'toys'"),
         (RecDataset.SAMPLE, "beauty", "must be ''"),
+        (RecDataset.ML_1M, "small", "must be ''"),
+        (RecDataset.CUSTOM, "beauty", "must be ''"),
     ],
 )
 def test_an_unknown_split_is_refused(tmp_path, dataset, split, allowed):
@@ -106,8 +108,13 @@ def test_an_unknown_split_is_refused(tmp_path, dataset, split, allowed):
 @pytest.mark.parametrize("file", ["sequential_data.txt", "datamaps.json", "meta.json.gz"])
 def test_a_missing_raw_file_is_named_with_its_layout(folder, file):
     (folder / "raw/beauty" / file).unlink()
-    with pytest.raises(FileNotFoundError) as raised:
-        load(folder)
+    reviews = ("reviews_Beauty_5.json.gz", "meta_Beauty.json.gz")
+    gin.parse_config(f"Downloads.mirrors = { {name: ['http://no.invalid/'] for name in ('P5_data.zip', *reviews)} }")
+    try:
+        with pytest.raises(FileNotFoundError) as raised:
+            load(folder)
+    finally:
+        gin.clear_config()
     assert str(folder / "raw/beauty" / file) in str(raised.value)
     for name in ("sequential_data.txt", "datamaps.json", "meta.json.gz"):
         assert name in str(raised.value)
