@@ -43,7 +43,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 ids = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=3)
-events = st.lists(st.tuples(ids, st.integers(0, 5), st.integers(-5, 5)), min_size=1, max_size=40)
+events = st.lists(st.tuples(ids | st.sampled_from(["u", "007"]), st.integers(0, 5), st.integers(-5, 5)), min_size=1, max_size=40)
 
 
 @settings(max_examples=25, deadline=None)
