@@ -55,13 +55,7 @@ def obtain(ways: Sequence[Sequence[Remote]], folder: Path, archives: Path) -> tu
     for way in started:
         try:
             for remote in way:
-                missing = [name for name in remote.files if not (folder / name).is_file()]
-                if missing and remote.members:
-                    archive = archives / remote.name
-                    archive = archive if archive.is_file() else fetch(remote, archives)
-                    unpack(archive, {name: remote.members[name] for name in missing}, folder)
-                elif missing:
-                    fetch(remote, folder)
+                _complete(remote, folder, archives)
             return _files(way)
         except ConnectionError as error:
             problems.append(str(error))
@@ -69,6 +63,26 @@ def obtain(ways: Sequence[Sequence[Remote]], folder: Path, archives: Path) -> tu
     choices = "\nor ".join(_instruction(way, folder, archives) for way in ways)
     reasons = "\n".join(problems)
     raise FileNotFoundError(f"there is no {missing}.\nPut {choices}.\nDownloading failed:\n{reasons}")
+
+
+def _complete(remote: Remote, folder: Path, archives: Path) -> None:
+    """Fetches what is missing of one remote; ConnectionError where what came by download is of no use."""
+    missing = _missing((remote,), folder)
+    if not missing:
+        return
+    if not remote.members:
+        fetch(remote, folder)
+        return
+    archive, members = archives / remote.name, {name: remote.members[name] for name in missing}
+    if archive.is_file():
+        unpack(archive, members, folder)
+        return
+    fetch(remote, archives)
+    try:
+        unpack(archive, members, folder)
+    except ValueError as error:
+        archive.unlink()
+        raise ConnectionError(f"  {error}") from error
 
 
 def _files(way: Sequence[Remote]) -> tuple[str, ...]:

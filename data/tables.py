@@ -77,6 +77,8 @@ def keys(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
     """A column of ids as strings; ValueError where one is missing or empty."""
     import polars as pl
 
+    if table[column].dtype.is_nested():
+        raise ValueError(f"{path}: {column!r} must hold ids, not {table[column].dtype}")
     ids = table[column].cast(pl.String)
     empty = ids.is_null() | (ids.str.strip_chars() == "")
     if empty.any():
@@ -95,12 +97,14 @@ def times(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
     if raw.dtype == pl.String:
         readings = [raw.cast(pl.Int64, strict=False), raw.cast(pl.Float64, strict=False), _dates(raw)]
         found = min(readings, key=lambda reading: reading.null_count())
-    elif raw.dtype.is_temporal():
+    elif raw.dtype in (pl.Date, pl.Datetime):
         found = _seconds(raw.cast(pl.Datetime("us")))
     elif raw.dtype.is_integer():
         found = raw.cast(pl.Int64, strict=False)
+    elif raw.dtype.is_float():
+        found = raw.cast(pl.Float64)
     else:
-        found = raw.cast(pl.Float64, strict=False)
+        raise ValueError(f"{path}: {column!r} must hold numbers or dates, not {raw.dtype}")
     bad = found.is_null() if found.dtype == pl.Int64 else ~found.is_finite().fill_null(False)
     if bad.any():
         row = int(bad.arg_true()[0])

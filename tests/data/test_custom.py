@@ -1,3 +1,4 @@
+import datetime
 import json
 import re
 import tempfile
@@ -43,7 +44,9 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 ids = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=3)
-events = st.lists(st.tuples(ids | st.sampled_from(["u", "007"]), st.integers(0, 5), st.integers(-5, 5)), min_size=1, max_size=40)
+events = st.lists(
+    st.tuples(ids | st.sampled_from(["u", "007"]), st.integers(0, 5), st.integers(-5, 5)), min_size=1, max_size=40
+)
 
 
 @settings(max_examples=25, deadline=None)
@@ -121,9 +124,10 @@ def test_times_may_be_dates_fractions_or_the_order_of_the_rows(tmp_path):
     corpus = read(tmp_path, "u,b,x\nv,a,\nu,a,x\nu,b,x\n", time_column="")
     assert histories(corpus) == {"u": ["b", "a", "b"], "v": ["a"]} and corpus.interactions.timestamps is None
     frame = pl.DataFrame({"user": ["u"] * 2, "item": ["a", "b"], "timestamp": [5, 4]})
-    frame.with_columns(pl.col("timestamp").cast(pl.Datetime("ms"))).write_parquet(tmp_path / "events.parquet")
+    berlin = pl.col("timestamp").cast(pl.Datetime("ms")).dt.replace_time_zone("Europe/Berlin")
+    frame.with_columns(berlin).write_parquet(tmp_path / "events.parquet")
     corpus = CustomData("mine", str(tmp_path / "events.parquet")).read()
-    assert histories(corpus) == {"u": ["b", "a"]}
+    assert histories(corpus) == {"u": ["b", "a"]} and corpus.interactions.timestamps.tolist() == [-3600, -3600]
 
 
 def test_what_is_left_out_is_counted(tmp_path, capsys):
@@ -161,6 +165,23 @@ def test_odd_rows_are_named(tmp_path, rows, message):
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         read(tmp_path, rows, "item\na\nb\n")
     assert str(tmp_path / "events.csv") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("timestamp", [datetime.time(11)], "'timestamp' must hold numbers or dates, not Time"),
+        ("timestamp", [[1]], "'timestamp' must hold numbers or dates, not List"),
+        ("timestamp", [None], "'timestamp' must hold numbers or dates, not Null"),
+        ("user", [[1]], "'user' must hold ids, not List"),
+        ("item", [{"id": 1}], "'item' must hold ids, not Struct"),
+    ],
+)
+def test_columns_of_another_type_are_named(tmp_path, column, values, message):
+    frame = pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": [1], column: values})
+    frame.write_parquet(tmp_path / "events.parquet")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'events.parquet'}: {message}")):
+        CustomData("mine", str(tmp_path / "events.parquet")).read()
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,35 @@ def archive(*urls: str, content: bytes | None = GOOD) -> Remote:
     return Remote("ml-1m.zip", urls, checksum, {name: f"ml-1m/{name}" for name in ml1m.FILES})
 
 
+def link(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as opened:
+        info = zipfile.ZipInfo(name)
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        opened.writestr(info, "/etc/passwd")
+        opened.writestr("ml-1m/ratings.dat", RATINGS)
+    return buffer.getvalue()
+
+
+HOSTILE = {
+    "a path upwards": (zipped(**{"../movies.dat": b"x", "ml-1m/movies.dat": MOVIES}), "a path outside"),
+    "an absolute path": (zipped(**{"/etc/ml-1m/movies.dat": b"x"}), "a path outside"),
+    "a Windows path upwards": (zipped(**{"ml-1m\\..\\..\\x": b"x", "ml-1m/movies.dat": MOVIES}), "a path outside"),
+    "a link": (link("ml-1m/movies.dat"), "is a link or a folder"),
+    "absurd expansion": (
+        zipped(**{"ml-1m/movies.dat": bytes(9_000_000), "ml-1m/ratings.dat": RATINGS}),
+        "would expand to 9,000,035 bytes, more than 100 times",
+    ),
+    "a missing member": (zipped(**{"ml-1m/movies.dat": MOVIES}), "0 files ml-1m/ratings.dat"),
+    "a member twice": (
+        zipped(**{"ml-1m/movies.dat": MOVIES, "a/ml-1m/movies.dat": MOVIES}),
+        "2 files ml-1m/movies.dat",
+    ),
+    "no archive": (HTML, "not a zip file"),
+    "flipped bits": (GOOD.replace(zipped(x=RATINGS)[31:50], bytes(19), 1), ""),
+}
+
+
 def test_an_error_then_a_truncated_body_then_the_right_one(tmp_path, server, waits, capsys):
     remote = archive(server.url("/ml-1m.zip", 500, (CUT, GOOD), GOOD))
     assert obtain(((remote,),), tmp_path / "raw", tmp_path / "raw") == ml1m.FILES
@@ -166,6 +195,16 @@ def test_the_second_source_serves_when_the_first_fails(tmp_path, server, waits):
     assert server.asked == []
 
 
+def test_an_archive_of_other_contents_is_not_kept_and_the_second_source_serves(tmp_path, server, waits):
+    for content in (HOSTILE["a path upwards"][0], HOSTILE["a missing member"][0]):
+        first = archive(server.url("/ml-1m.zip", content), content=None)
+        with pytest.raises(FileNotFoundError, match=r"(?s)ml-1m.zip can't be used \(it holds"):
+            obtain(((first,),), tmp_path / "raw", tmp_path)
+        assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+    second = Remote("reviews.json.gz", (server.url("/reviews", gzip.compress(b"{}")),))
+    assert obtain(((first,), (second,)), tmp_path / "raw", tmp_path) == ("reviews.json.gz",)
+
+
 def test_files_placed_by_hand_are_used_as_they_are(tmp_path, server, waits):
     remote = archive(server.url("/ml-1m.zip", 404))
     (tmp_path / "ml-1m.zip").write_bytes(GOOD[:-1] + b"\0")  # other bytes than the checksum's, still a zip file
@@ -175,35 +214,6 @@ def test_files_placed_by_hand_are_used_as_they_are(tmp_path, server, waits):
     assert (tmp_path / "raw/movies.dat").read_bytes() == b"mine"
     assert (tmp_path / "raw/ratings.dat").read_bytes() == RATINGS and server.asked == []
     assert sorted(os.listdir(tmp_path / "raw")) == ["movies.dat", "ratings.dat"]
-
-
-def link(name: str) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as opened:
-        info = zipfile.ZipInfo(name)
-        info.external_attr = (stat.S_IFLNK | 0o777) << 16
-        opened.writestr(info, "/etc/passwd")
-        opened.writestr("ml-1m/ratings.dat", RATINGS)
-    return buffer.getvalue()
-
-
-HOSTILE = {
-    "a path upwards": (zipped(**{"../movies.dat": b"x", "ml-1m/movies.dat": MOVIES}), "a path outside"),
-    "an absolute path": (zipped(**{"/etc/ml-1m/movies.dat": b"x"}), "a path outside"),
-    "a Windows path upwards": (zipped(**{"ml-1m\\..\\..\\x": b"x", "ml-1m/movies.dat": MOVIES}), "a path outside"),
-    "a link": (link("ml-1m/movies.dat"), "is a link or a folder"),
-    "absurd expansion": (
-        zipped(**{"ml-1m/movies.dat": bytes(9_000_000), "ml-1m/ratings.dat": RATINGS}),
-        "would expand to 9,000,035 bytes, more than 100 times",
-    ),
-    "a missing member": (zipped(**{"ml-1m/movies.dat": MOVIES}), "0 files ml-1m/ratings.dat"),
-    "a member twice": (
-        zipped(**{"ml-1m/movies.dat": MOVIES, "a/ml-1m/movies.dat": MOVIES}),
-        "2 files ml-1m/movies.dat",
-    ),
-    "no archive": (HTML, "not a zip file"),
-    "flipped bits": (GOOD.replace(zipped(x=RATINGS)[31:50], bytes(19), 1), ""),
-}
 
 
 @pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE.keys())
