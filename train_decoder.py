@@ -7,7 +7,6 @@ Needs the tokenizer of the same corpus, from train_rqvae.py. The best checkpoint
 
 import gin
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from data.processed import RecDataset, load_corpus
@@ -16,11 +15,12 @@ from data.utils import SequenceSource, Shuffler, derive_seed, tokenize
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.semids import SemanticIds
-from training import cli, plots, report
-from training.checkpoint import load_model, load_state
+from training import cli, distributed, plots, report
 from training.evaluate import baseline_metrics, retrieval_metrics, validation_loss
+from training.health import Health
 from training.run import Run
 from training.schedule import due, warmup_cosine
+from training.signals import Stopped, StopSignal
 
 
 @gin.configurable
@@ -50,6 +50,7 @@ def train(
     partial_eval_every: int = 500,
     full_eval_every: int = 2000,
     save_model_every: int = 2000,
+    keep_checkpoints: int = 3,
     resume: bool = True,
     wandb_logging: bool = False,
     wandb_project: str = "generative-retrieval",
@@ -70,13 +71,9 @@ def train(
     """
     if beams < max(top_k):
         raise ValueError(f"train.beams = {beams} cannot rank the first {max(top_k)} items of train.top_k = {top_k}.")
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision_type if amp else "no",
-        gradient_accumulation_steps=gradient_accumulate_every,
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = distributed.start(amp, mixed_precision_type, gradient_accumulate_every)
     device = accelerator.device
-    with accelerator.main_process_first():
+    with distributed.in_turn(accelerator):
         force = force_dataset_process and accelerator.is_local_main_process
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
     semantic_ids = SemanticIds.load(pretrained_rqvae_path.format(corpus=corpus.name))
@@ -90,7 +87,8 @@ def train(
     run = Run(
         save_dir_root.format(corpus=corpus.name),
         {"corpus": corpus.hash, "semantic_ids": semantic_ids.digest},
-        accelerator.is_main_process,
+        accelerator,
+        keep_checkpoints,
         wandb_project if wandb_logging else None,
         resume,
     )
@@ -110,13 +108,8 @@ def train(
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-    first, best = 0, {}  # best: validation metrics of the best checkpoint
-    if run.last is not None:
-        load_model(run.last, model)
-        state = load_state(run.last, optimizer)
-        first, best = state["step"], state["best"]
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
+    state = run.restore(model, optimizer)
+    first, best = state["step"], state["best"]  # best: validation metrics of the best checkpoint
     run.save_config()
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
@@ -137,52 +130,62 @@ def train(
     shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed)
     n_shares = accelerator.num_processes * gradient_accumulate_every
     shuffler.check_shares(n_shares)
+    health = Health(accelerator, shuffler, run.checkpoints)
+    names = ["loss", *(f"loss_level_{n + 1}" for n in range(trie.n_levels))]
     bar = report.progress(iterations, first, accelerator.is_main_process)
     model.train()
-    for step in range(first, iterations):
-        torch.manual_seed(derive_seed(seed, "dropout", step, accelerator.process_index))
-        factor = warmup_cosine(step, warmup_steps, iterations)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * factor
-        index, uniform = shuffler.draw(step)
-        shares = list(zip(index.tensor_split(n_shares), uniform.tensor_split(n_shares), strict=True))
-        targets = source.n_targets(index, uniform)
-        for share in shares[accelerator.process_index :: accelerator.num_processes]:
-            with accelerator.accumulate(prepared):
-                batch = tokenize(source.batch(*share), trie.item_codes)
-                losses = prepared(batch, trie)
-                weight = len(batch.targets.values) * n_shares / targets  # the mean is over the step's targets
-                accelerator.backward(losses.loss * weight)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        done = step + 1
-        bar.update()
+    with StopSignal(accelerator.num_processes) as stop:
+        for step in range(first, iterations):
+            torch.manual_seed(derive_seed(seed, "dropout", step, accelerator.process_index))
+            factor = warmup_cosine(step, warmup_steps, iterations)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * factor
+            index, uniform = shuffler.draw(step)
+            shares = list(zip(index.tensor_split(n_shares), uniform.tensor_split(n_shares), strict=True))
+            targets = source.n_targets(index, uniform)
+            means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
+            for share in shares[accelerator.process_index :: accelerator.num_processes]:
+                with accelerator.accumulate(prepared):
+                    batch = tokenize(source.batch(*share), trie.item_codes)
+                    losses = prepared(batch, trie)
+                    weight = len(batch.targets.values) / targets  # the mean is over the step's targets
+                    accelerator.backward(losses.loss * weight * n_shares)
+                    means += torch.stack([losses.loss, *losses.level_losses]).detach() * weight
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            done = step + 1
+            health.watch(done, means[0], norm)
+            bar.update()
 
-        if any(due(done, every, iterations) for every in (log_every, save_model_every, full_eval_every)):
-            levels = {f"loss_level_{n + 1}": loss for n, loss in enumerate(losses.level_losses)}
-            values = report.finite({"loss": losses.loss, **levels, "gradient_norm": norm}, done, run.checkpoints)
-            run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
-            bar.set_postfix(
-                loss=f"{values['loss']:.3f}", examples=report.per_second(bar, shuffler.batch_size), refresh=False
-            )
-        if due(done, partial_eval_every, iterations):
-            run.log(done, "valid", {"loss": validation_loss(model, valid, trie, eval_batch_size, accelerator)})
-        improved = False
-        if due(done, full_eval_every, iterations):
-            metrics = evaluate(valid)
-            run.log(done, "valid", metrics)
-            improved = metrics[chosen_by] > best.get(chosen_by, -1.0)
-            best = metrics if improved else best
-        if (improved or due(done, save_model_every, iterations)) and accelerator.is_main_process:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            state = {"config": run.config, "best": best, "scaler": scaler}
-            run.checkpoints.save(done, model, optimizer, state, improved)
+            if due(done, log_every, iterations):
+                values = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
+                values |= {"gradient_norm": float(norm), "learning_rate": learning_rate * factor}
+                values |= report.machine(bar, shuffler.batch_size, accelerator)
+                run.log(done, "train", values)
+                report.show(bar, values)
+                health.check(model)
+            if due(done, partial_eval_every, iterations):
+                run.log(done, "valid", {"loss": validation_loss(model, valid, trie, eval_batch_size, accelerator)})
+            improved = False
+            if due(done, full_eval_every, iterations):
+                metrics = evaluate(valid)
+                run.log(done, "valid", metrics)
+                improved = metrics[chosen_by] > best.get(chosen_by, -1.0)
+                best = metrics if improved else best
+            signum = stop.after_step()
+            if signum or improved or due(done, save_model_every, iterations):
+                health.check(model)
+                run.save(done, model, optimizer, best, improved)
+            if signum:
+                bar.close()
+                run.close(status=128 + signum)
+                accelerator.wait_for_everyone()  # the launcher ends all processes when one has ended
+                raise Stopped(signum, done)
     bar.close()
 
-    accelerator.wait_for_everyone()
-    load_model(run.checkpoints.best(), model)
+    run.load_best(model)
     metrics = {f"valid/{name}": value for name, value in best.items()}
     for name, split in test.items():
         figures = evaluate(split) | baseline_metrics(split, splits.train_lengths, corpus.n_items, top_k)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import gin
 import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast, set_seed
 
@@ -25,11 +24,12 @@ from data.utils import Shuffler, derive_seed
 from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.rqvae import RqVae
 from modules.tokenizer.semids import SemanticIds
-from training import cli, plots, report
-from training.checkpoint import load_model, load_state
+from training import cli, distributed, plots, report
+from training.health import Health
 from training.metrics import codebook_usage, collision_rate
 from training.run import Run
 from training.schedule import due, warmup_cosine
+from training.signals import Stopped, StopSignal
 
 KMEANS_ROWS = 20_000  # rows the first codebooks are fitted on
 
@@ -57,6 +57,7 @@ def train(
     log_every: int = 100,
     eval_every: int = 1000,
     save_model_every: int = 5000,
+    keep_checkpoints: int = 3,
     resume: bool = True,
     wandb_logging: bool = False,
     wandb_project: str = "generative-retrieval",
@@ -72,13 +73,9 @@ def train(
     refit_every: steps between k-means fits of the codebooks to the current encoder, the last after the end; 0: never.
     mixed_precision_type: "fp16" or "bf16", used if amp. *_every: in steps.
     """
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision_type if amp else "no",
-        gradient_accumulation_steps=gradient_accumulate_every,
-        step_scheduler_with_optimizer=False,
-    )
+    accelerator = distributed.start(amp, mixed_precision_type, gradient_accumulate_every)
     device = accelerator.device
-    with accelerator.main_process_first():
+    with distributed.in_turn(accelerator):
         force = force_dataset_process and accelerator.is_local_main_process
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
     splits = draw_splits(split, corpus.interactions)
@@ -86,7 +83,8 @@ def train(
     run = Run(
         save_dir_root.format(corpus=corpus.name),
         {"corpus": corpus.hash, "features": described.identity},
-        accelerator.is_main_process,
+        accelerator,
+        keep_checkpoints,
         wandb_project if wandb_logging else None,
         resume,
     )
@@ -97,15 +95,9 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     rows = torch.randperm(len(x), generator=generator, device=device)[:KMEANS_ROWS]
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
-    first = 0
-    if run.last is None:
+    first = run.restore(model, optimizer)["step"]
+    if first == 0:
         model.initialize(x[rows], generator)
-    else:
-        load_model(run.last, model)
-        state = load_state(run.last, optimizer)
-        first = state["step"]
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
     run.save_config()
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
@@ -121,47 +113,54 @@ def train(
     shuffler = Shuffler(len(x), batch_size * gradient_accumulate_every, seed)
     n_shares = accelerator.num_processes * gradient_accumulate_every
     shuffler.check_shares(n_shares)
+    health = Health(accelerator, shuffler, run.checkpoints)
+    names = ("loss", "reconstruction_loss", "quantize_loss")
     bar = report.progress(iterations, first, accelerator.is_main_process)
     model.train()
-    for step in range(first, iterations):
-        torch.manual_seed(derive_seed(seed, "noise", step, accelerator.process_index))
-        factor = warmup_cosine(step, warmup_steps, iterations)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * factor
-        start, end = gumbel_temperature
-        temperature = start * (end / start) ** (step / iterations)
-        index, _ = shuffler.draw(step)
-        for share in index.tensor_split(n_shares)[accelerator.process_index :: accelerator.num_processes]:
-            with accelerator.accumulate(prepared):
-                losses = prepared(x[share.to(device)], temperature)
-                weight = len(share) * n_shares / len(index)  # shares may differ by one row
-                accelerator.backward(losses.loss * weight)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        done = step + 1
-        bar.update()
+    with StopSignal(accelerator.num_processes) as stop:
+        for step in range(first, iterations):
+            torch.manual_seed(derive_seed(seed, "noise", step, accelerator.process_index))
+            factor = warmup_cosine(step, warmup_steps, iterations)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * factor
+            start, end = gumbel_temperature
+            temperature = start * (end / start) ** (step / iterations)
+            index, _ = shuffler.draw(step)
+            means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
+            for share in index.tensor_split(n_shares)[accelerator.process_index :: accelerator.num_processes]:
+                with accelerator.accumulate(prepared):
+                    losses = prepared(x[share.to(device)], temperature)
+                    weight = len(share) / len(index)  # shares may differ by one row
+                    accelerator.backward(losses.loss * weight * n_shares)
+                    means += torch.stack([getattr(losses, name) for name in names]).detach() * weight
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            done = step + 1
+            health.watch(done, means[0], norm)
+            bar.update()
 
-        if refit_every and due(done, refit_every, iterations):
-            refit(model, x[rows], optimizer, derive_seed(seed, "refit", step))
-        if due(done, log_every, iterations) or due(done, save_model_every, iterations):
-            values = report.finite(
-                {
-                    "loss": losses.loss,
-                    "reconstruction_loss": losses.reconstruction_loss,
-                    "quantize_loss": losses.quantize_loss,
-                },
-                done,
-                run.checkpoints,
-            )
-            run.log(done, "train", {**values, "learning_rate": learning_rate * factor})
-            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-        if due(done, eval_every, iterations):
-            run.log(done, "catalogue", catalogue_metrics(model, x))
-        if due(done, save_model_every, iterations) and accelerator.is_main_process:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            run.checkpoints.save(done, model, optimizer, {"config": run.config, "scaler": scaler})
+            if refit_every and due(done, refit_every, iterations):
+                refit(model, x[rows], optimizer, derive_seed(seed, "refit", step))
+            if due(done, log_every, iterations):
+                values = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
+                values |= {"gradient_norm": float(norm), "learning_rate": learning_rate * factor}
+                values |= report.machine(bar, shuffler.batch_size, accelerator)
+                run.log(done, "train", values)
+                report.show(bar, values)
+                health.check(model)
+            if due(done, eval_every, iterations):
+                run.log(done, "catalogue", catalogue_metrics(model, x))
+            signum = stop.after_step()
+            if signum or due(done, save_model_every, iterations):
+                health.check(model)
+                run.save(done, model, optimizer, best={}, improved=False)
+            if signum:
+                bar.close()
+                run.close(status=128 + signum)
+                accelerator.wait_for_everyone()  # the launcher ends all processes when one has ended
+                raise Stopped(signum, done)
     bar.close()
 
     metrics = catalogue_metrics(model, x)

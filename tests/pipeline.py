@@ -130,9 +130,10 @@ def launch(folder: Path, script: str, *extra: str, processes: int = 2) -> dict[s
 
 
 def lines(path: Path) -> list[dict]:
-    """metrics.jsonl, without the wall-clock times."""
+    """metrics.jsonl, without what the clock says."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "time"} for row in rows]
+    clock = ("time", "examples_per_second")
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]
 
 
 def interrupt_after(steps: int, action) -> None:

@@ -37,7 +37,8 @@ def test_the_run_folder_keeps_the_contract(trained):
     assert EncoderDecoderRetrievalModel.from_pretrained(root / "model").level_sizes == sizes
     assert {row["split"] for row in lines(root / "metrics.jsonl")} == {"train", "valid"}
     kept = {path.name for path in (root / "checkpoints").glob("step_*")}
-    assert kept == {best, (root / "checkpoints" / "LAST").read_text().strip()}
+    assert kept >= {best, "step_00000250", "step_00000275", "step_00000300"} and len(kept) <= 4
+    assert (root / "checkpoints" / "LAST").read_text().strip() == "step_00000300"
 
 
 def test_the_test_split_is_read_once_after_training(trained, tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
-"""Checkpoints: a folder a step, written aside and renamed, nothing in it a pickle."""
+"""Checkpoints: a folder a step, written aside and renamed, with checksums, nothing in it a pickle."""
 
+import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -12,75 +14,175 @@ from torch import Tensor, nn
 
 from data.files import write_file
 from modules.pretrained import to_cpu
+from training.report import warn
+
+MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
+
+
+class Content(NamedTuple):
+    """What a checkpoint holds. moments: the optimizer's state, "<number of the parameter>.<name>" to tensor."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    state: dict
 
 
 @dataclass(frozen=True)
 class Checkpoints:
     """The folder `checkpoints` of a run.
 
-    Each checkpoint is `step_00012345/` with model.safetensors, optimizer.safetensors and state.json. The files
-    LAST and BEST hold the name of one each; all others are removed.
+    Each checkpoint is `step_00012345/` with model.safetensors, optimizer.safetensors, state.json and SHA256SUMS,
+    which `sha256sum -c` reads too. A checkpoint exists once its folder has that name. The newest `keep` stay, and
+    with each the best one of its time; the files LAST and BEST say which is which.
     """
 
     folder: Path
+    keep: int = 3
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, best: bool = False
     ) -> None:
-        """state: whatever JSON the training needs to go on."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{step:08d}"
-        aside = self.folder / f".{name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        tensors, groups = _flatten(optimizer.state_dict())
-        write_file(aside / "model.safetensors", save(to_cpu(model.state_dict())))
-        write_file(aside / "optimizer.safetensors", save(tensors))
-        state = {"step": step, "param_groups": groups, **state}
-        write_file(aside / "state.json", (json.dumps(state, indent=2) + "\n").encode())
-        if (self.folder / name).exists():
-            shutil.rmtree(self.folder / name)
-        os.rename(aside, self.folder / name)
-        for mark in ("BEST", "LAST") if best else ("LAST",):
-            write_file(self.folder / mark, f"{name}\n".encode())
-        self._remove_unmarked()
+        """state: whatever JSON the training needs to go on. best: later ones, too, name this one as the best.
 
-    def _remove_unmarked(self) -> None:
-        kept = {self.marked("LAST"), self.marked("BEST")}
-        for path in self.folder.glob("step_*"):
-            if path not in kept:
-                shutil.rmtree(path)
+        Raises OSError where the disk is full or fails; the checkpoints before stay as they are.
+        """
+        best_path = self.marked("BEST")
+        best_step = step if best else _step(best_path) if best_path else None
+        moments, groups = _flatten(optimizer.state_dict())
+        state = {"step": step, "best_step": best_step, **state, "param_groups": groups}
+        contents = {
+            MODEL: save(to_cpu(model.state_dict())),
+            OPTIMIZER: save(moments),
+            STATE: (json.dumps(state, indent=2) + "\n").encode(),
+        }
+        sums = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()]
 
-    def marked(self, mark: str) -> Path | None:
+        self._clear()
+        path = self._path(step)
+        aside = path.with_name(f".{path.name}")
+        for name, content in {**contents, SUMS: "".join(sums).encode()}.items():
+            write_file(aside / name, content)
+        _flush(aside)
+        if path.exists():  # of steps that are done again, because it was damaged
+            self._remove(path)
+        os.rename(aside, path)
+        self.mark(path, best_step)
+        _flush(self.folder)
+        self._remove_old(step)
+
+    def mark(self, last: Path, best_step: int | None) -> None:
+        """Writes LAST and BEST."""
+        write_file(self.folder / "LAST", f"{last.name}\n".encode())
+        if best_step is None:
+            (self.folder / "BEST").unlink(missing_ok=True)
+        else:
+            write_file(self.folder / "BEST", f"{self._path(best_step).name}\n".encode())
+
+    def marked(self, name: str) -> Path | None:
         """The checkpoint that LAST or BEST names; None where there is none."""
-        file = self.folder / mark
-        if not file.is_file():
-            return None
-        path = self.folder / file.read_text().strip()
-        return path if path.is_dir() else None
+        file = self.folder / name
+        path = self.folder / file.read_text().strip() if file.is_file() else None
+        return path if path is not None and path.is_dir() else None
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole, with a warning where newer ones are not; None where there are none.
+
+        Raises ValueError where all are damaged.
+        """
+        paths = sorted(self.folder.glob("step_*"), reverse=True)
+        problems = []
+        for path in paths:
+            problem = damage(path)
+            if problem is None:
+                for line in problems:
+                    warn(f"{line}; going on from {path.name}, the one before.")
+                return path
+            problems.append(problem)
+        if problems:
+            raise ValueError("No checkpoint is whole; delete the folder to start anew:\n  " + "\n  ".join(problems))
+        return None
+
+    def resume(self, path: Path) -> Content:
+        """Reads a checkpoint to go on from, and makes LAST and BEST those of its time.
+
+        A best checkpoint that is damaged or gone is forgotten, with a warning: best_step None, best {}.
+        """
+        content = load(path)
+        best_step = content.state["best_step"]
+        problem = None if best_step is None else damage(self._path(best_step))
+        if problem is not None:
+            warn(f"{problem}; it was the best one, which is now chosen among the evaluations to come.")
+            best_step = None
+            content.state.update(best_step=None, best={})
+        self.mark(path, best_step)
+        return content
 
     def best(self) -> Path:
-        """The checkpoint that BEST names. FileNotFoundError where there is none."""
+        """The best checkpoint. FileNotFoundError where there is none, ValueError where it is damaged."""
         path = self.marked("BEST")
         if path is None:
             raise FileNotFoundError(f"{self.folder} names no best checkpoint: was train.iterations 0?")
+        problem = damage(path)
+        if problem is not None:
+            raise ValueError(f"{problem}; it is the best checkpoint, and the run is over.")
         return path
 
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
-def load_model(path: Path, model: nn.Module) -> None:
-    """Puts a checkpoint's weights into the model."""
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    def _remove_old(self, step: int) -> None:
+        """Of the checkpoints up to `step` the newest and their best ones stay; later ones were damaged."""
+        paths = {_step(path): path for path in self.folder.glob("step_*")}
+        kept = sorted(number for number in paths if number <= step)[-self.keep :]
+        kept += [_best_step(paths[number]) for number in kept]
+        for number, path in paths.items():
+            if number not in kept:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        """First the name, so that no folder of that name is ever half there."""
+        aside = path.with_name(f".removed_{path.name}")
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+
+    def _clear(self) -> None:
+        """What a process that was killed left aside."""
+        for path in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
+            shutil.rmtree(path)
 
 
-def load_state(path: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Puts a checkpoint's optimizer state into the optimizer and returns its state.json."""
-    state = json.loads((path / "state.json").read_text())
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file is as it was written."""
+    try:
+        written = (path / SUMS).read_bytes()
+        sums = []
+        for name in (MODEL, OPTIMIZER, STATE):
+            with open(path / name, "rb") as file:
+                sums.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
+            if sums[-1] not in written:
+                return f"Checkpoint {path} is damaged ({name} does not have the checksum in {SUMS})"
+    except OSError as error:
+        return f"Checkpoint {path} is damaged ({error})"
+    return None if written == b"".join(sums) else f"Checkpoint {path} is damaged ({SUMS} is cut off or changed)"
+
+
+def load(path: Path) -> Content:
+    """Reads a checkpoint, onto the CPU."""
+    return Content(load_file(path / MODEL), load_file(path / OPTIMIZER), json.loads((path / STATE).read_text()))
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Reads the model's weights alone, onto the CPU."""
+    return load_file(path / MODEL)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, content: Content) -> None:
+    """Puts the optimizer's state into the optimizer."""
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path / "optimizer.safetensors").items():
+    for key, tensor in content.moments.items():
         number, name = key.split(".", 1)
         moments.setdefault(int(number), {})[name] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-    return state
+    optimizer.load_state_dict({"state": moments, "param_groups": content.state["param_groups"]})
 
 
 def _flatten(state: dict) -> tuple[dict[str, Tensor], list[dict]]:
@@ -90,3 +192,24 @@ def _flatten(state: dict) -> tuple[dict[str, Tensor], list[dict]]:
         for name, value in moments.items()
     }
     return tensors, state["param_groups"]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("_")[1])
+
+
+def _best_step(path: Path) -> int | None:
+    """The best step of a checkpoint's time; None where there is none, or the checkpoint is damaged."""
+    try:
+        return json.loads((path / STATE).read_text())["best_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _flush(folder: Path) -> None:
+    """Makes the names in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,17 +1,22 @@
 """The command line of the two scripts."""
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import gin
 
+from training.signals import Stopped
+
 
 def run(train: Callable[[], object], description: str) -> None:
     """Parses the command line, binds the gin config and calls `train`.
 
-    Bad input ends with one message and exit status 1; --traceback shows all.
+    Bad input ends with one message and exit status 1 (--traceback shows all), a run that SIGTERM or SIGINT stopped
+    with 143 or 130.
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -29,6 +34,12 @@ def run(train: Callable[[], object], description: str) -> None:
     try:
         gin.parse_config_files_and_bindings([arguments.config], arguments.gin)
         train()
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr)
+        sys.exit(stopped.status)
+    except KeyboardInterrupt:  # before or after training, where there is nothing to save
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, SyntaxError, FloatingPointError, RuntimeError) as error:
         is_input = not isinstance(error, RuntimeError) or str(error).startswith("Required bindings")
         if arguments.traceback or not is_input:

@@ -1,14 +1,11 @@
 """What a run prints."""
 
-import math
 import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
 from tqdm import tqdm
-
-from training.checkpoint import Checkpoints
 
 
 def heading(title: str, show: bool, **lines: object) -> None:
@@ -17,19 +14,9 @@ def heading(title: str, show: bool, **lines: object) -> None:
         print(f"\n{title}", *(f"  {name.replace('_', ' ')}: {value}" for name, value in lines.items()), sep="\n")
 
 
-def finite(tensors: dict[str, Tensor], step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """The tensors as numbers, read from the device at once.
-
-    Raises FloatingPointError that names the step and the last checkpoint where a loss is not finite.
-    """
-    stacked = torch.stack([tensor.detach().float() for tensor in tensors.values()])
-    values = dict(zip(tensors, stacked.tolist(), strict=True))
-    if not math.isfinite(values["loss"]):
-        raise FloatingPointError(
-            f"The loss is {values['loss']} at step {step}; the last checkpoint is {checkpoints.marked('LAST')}. "
-            "Lower train.learning_rate, or train without train.amp."
-        )
-    return values
+def warn(message: str) -> None:
+    """One line to stderr, above the progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def progress(total: int, first: int, show: bool) -> tqdm:
@@ -38,10 +25,21 @@ def progress(total: int, first: int, show: bool) -> tqdm:
     return tqdm(total=total, initial=first, unit="step", mininterval=interval, maxinterval=interval, disable=not show)
 
 
-def per_second(bar: tqdm, batch_size: int) -> str:
-    """Examples a second, from the bar's rate."""
-    rate = bar.format_dict["rate"]
-    return f"{rate * batch_size:,.0f}/s" if rate else "?"
+def machine(bar: tqdm, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
+    """Examples a second since the start, the peak of the GPU's memory in GiB, and the loss scale, where there are."""
+    seconds = bar.format_dict["elapsed"]
+    result = {"examples_per_second": (bar.n - bar.initial) * batch_size / seconds} if seconds else {}
+    if accelerator.device.type == "cuda":
+        result["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if accelerator.scaler is not None:
+        result["loss_scale"] = accelerator.scaler.get_scale()
+    return result
+
+
+def show(bar: tqdm, values: dict[str, float]) -> None:
+    """The loss and the speed beside the bar."""
+    speed = values.get("examples_per_second", 0.0)
+    bar.set_postfix(loss=f"{values['loss']:.3f}", examples=f"{speed:,.0f}/s", refresh=False)
 
 
 def table(title: str, metrics: dict[str, float], folder: Path, show: bool) -> None:
