@@ -181,7 +181,7 @@ def train(
             if signum:
                 bar.close()
                 run.close(status=128 + signum)
-                accelerator.wait_for_everyone()  # the launcher ends all processes when one has ended
+                distributed.end(accelerator)
                 raise Stopped(signum, done)
     bar.close()
 
@@ -195,7 +195,7 @@ def train(
         plots.retriever(run.root)
     run.finish(metrics)
     report.retrieval_table(metrics, splits.name, exclude_history, run.root, show=accelerator.is_main_process)
-    accelerator.end_training()
+    distributed.end(accelerator)
     return metrics
 
 

@@ -159,7 +159,7 @@ def train(
             if signum:
                 bar.close()
                 run.close(status=128 + signum)
-                accelerator.wait_for_everyone()  # the launcher ends all processes when one has ended
+                distributed.end(accelerator)
                 raise Stopped(signum, done)
     bar.close()
 
@@ -172,7 +172,7 @@ def train(
         plots.tokenizer(run.root)
     run.finish(metrics)
     report.table("Semantic IDs", metrics, run.root, show=accelerator.is_main_process)
-    accelerator.end_training()
+    distributed.end(accelerator)
     return metrics
 
 

@@ -36,7 +36,7 @@ def run(train: Callable[[], object], description: str) -> None:
         train()
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(stopped, file=sys.stderr)
+            print(_message(stopped), file=sys.stderr)
         sys.exit(stopped.status)
     except KeyboardInterrupt:  # before or after training, where there is nothing to save
         sys.exit(128 + signal.SIGINT)
@@ -44,5 +44,9 @@ def run(train: Callable[[], object], description: str) -> None:
         is_input = not isinstance(error, RuntimeError) or str(error).startswith("Required bindings")
         if arguments.traceback or not is_input:
             raise
-        message = str(error).split("\n  In call to configurable")[0]
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {_message(error)}")
+
+
+def _message(error: Exception) -> str:
+    """Without the lines that gin adds."""
+    return str(error).split("\n  In call to configurable")[0]

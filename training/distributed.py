@@ -25,6 +25,15 @@ def start(amp: bool, mixed_precision_type: str, gradient_accumulate_every: int) 
     )
 
 
+def end(accelerator: Accelerator) -> None:
+    """Leaves the processes of the launch once all have come here: its launcher ends all when one has ended.
+
+    The barrier also lets gloo's threads finish with the interpreter, which destroying the group would wait for.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 @contextmanager
 def in_turn(accelerator: Accelerator) -> Iterator[None]:
     """The main process first, then one process of each other node, then all: each finds the caches of those before.

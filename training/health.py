@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from data.utils import Shuffler
 from training.checkpoint import Checkpoints
+from training.distributed import from_main
 
 NEVER = 2**62
 SHOWN = 10  # sample numbers in the message
@@ -36,13 +37,14 @@ class Health:
         step = int(self._accelerator.gather(first_bad).min())
         if step == NEVER:
             return
-        last = self._checkpoints.marked("LAST")
+        last = from_main(self._checkpoints.marked("LAST"))
         advice = f"The last checkpoint is {last or 'none'}. Lower train.learning_rate, or train without train.amp."
         if step == NEVER - 1:
             raise FloatingPointError(f"The weights are not finite, though every loss was. {advice}")
         index, _ = self._shuffler.draw(step - 1)
+        recipe = f"Shuffler({self._shuffler.n}, {self._shuffler.batch_size}, {self._shuffler.seed}).draw({step - 1})"
         samples = " ".join(map(str, index[:SHOWN].tolist())) + (" ..." if len(index) > SHOWN else "")
         raise FloatingPointError(
             f"The loss or its gradient is not finite in step {step}. Its batch has the {len(index)} training samples "
-            f"{samples} (all: {self._shuffler}.draw({step - 1})). {advice}"
+            f"{samples} (data.utils: {recipe}). {advice}"
         )

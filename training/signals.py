@@ -36,7 +36,9 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._asked is not None and kind in (None, Stopped):
+            self._asked[0].wait()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
