@@ -1,5 +1,6 @@
 """Weights & Biases, which may fail at any time without ending a run."""
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class Wandb:
         self._id_file = root / "wandb" / "id"
         self._id_file.parent.mkdir(parents=True, exist_ok=True)
         self._run = None
-        common = {"project": project, "dir": str(root), "id": self._run_id(wandb), "resume": "allow"}
+        common = {"project": project, "dir": str(root), "id": self._run_id(), "resume": "allow"}
         limits = {"init_timeout": INIT_TIMEOUT, "login_timeout": INIT_TIMEOUT, "finish_timeout": FINISH_TIMEOUT}
         for mode in (None, "offline"):  # None: online, or what WANDB_MODE says
             try:
@@ -32,9 +33,9 @@ class Wandb:
                 warn(f"wandb can't start{' offline' if mode else ''}: {error}")
                 wandb.teardown()  # else the failed run would hold the id
 
-    def _run_id(self, wandb: Any) -> str:
+    def _run_id(self) -> str:
         if not self._id_file.exists():
-            self._id_file.write_text(wandb.util.generate_id())
+            self._id_file.write_text(secrets.token_hex(4))
         return self._id_file.read_text()
 
     def _try(self, call: Callable[[Any], object]) -> None:
