@@ -18,6 +18,7 @@ from modules.tokenizer.semids import SemanticIds
 from training import cli, distributed, plots, report
 from training.evaluate import baseline_metrics, retrieval_metrics, validation_loss
 from training.health import Health
+from training.replay import Replay
 from training.run import Run
 from training.schedule import due, warmup_cosine
 from training.signals import Stopped, StopSignal
@@ -116,6 +117,19 @@ def train(
     def evaluate(split: SequenceSource) -> dict[str, float]:
         return retrieval_metrics(model, split, trie, top_k, beams, eval_batch_size, accelerator)
 
+    # One process on a GPU replays its passes as CUDA graphs: batches are filled up to a multiple of `grain` items.
+    recorded = device.type == "cuda" and accelerator.num_processes == 1
+    fillers = -(-batch_size // 32) if recorded else 0
+    grain = fillers * max_items
+
+    def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Forward and backward for samples that count `weight` in the step's mean; returns their part of its losses."""
+        losses = prepared(tokenize(source.device_batch(index, uniform, size, fillers), trie.item_codes), trie)
+        accelerator.backward(losses.loss * weight * n_shares)
+        return torch.stack([losses.loss, *losses.level_losses]).detach() * weight
+
+    replay = Replay(passes, model, device, recorded)
+
     report.heading(
         "Retriever",
         corpus=f"{corpus.name}: {corpus.n_users:,} users, {corpus.n_items:,} items, {splits.name} split",
@@ -146,15 +160,14 @@ def train(
             means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
             for share in shares[accelerator.process_index :: accelerator.num_processes]:
                 with accelerator.accumulate(prepared):
-                    batch = tokenize(source.batch(*share), trie.item_codes)
-                    losses = prepared(batch, trie)
-                    weight = len(batch.targets.values) / targets  # the mean is over the step's targets
-                    accelerator.backward(losses.loss * weight * n_shares)
-                    means += torch.stack([losses.loss, *losses.level_losses]).detach() * weight
+                    n_items = source.n_items(*share)
+                    size = -(-n_items // grain) * grain if recorded else n_items
+                    weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
+                    means += replay(size, *share, weight)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
                     optimizer.step()
-                    optimizer.zero_grad()
+                    optimizer.zero_grad(set_to_none=not recorded)
             done = step + 1
             health.watch(done, means[0], norm)
             bar.update()
@@ -192,8 +205,9 @@ def train(
         metrics |= {f"{name}/{key}": value for key, value in figures.items()}
     if accelerator.is_main_process:
         model.save_pretrained(run.root / "model")
-        plots.retriever(run.root)
     run.finish(metrics)
+    if accelerator.is_main_process:
+        plots.retriever(run.root)
     report.retrieval_table(metrics, splits.name, exclude_history, run.root, show=accelerator.is_main_process)
     distributed.end(accelerator)
     return metrics

@@ -76,7 +76,7 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
         loss.backward()
         return loss.detach()
 
-    replay = Replay(backward, model, device)
+    replay = Replay(backward, model, device, graphed)
     shuffler = Shuffler(len(source), batch_size, 0)
     grain = fillers * MAX_ITEMS
     examples = items = 0
@@ -86,10 +86,7 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
         index, uniform = shuffler.draw(number)
         n_items, n_targets = source.n_items(index, uniform), source.n_targets(index, uniform)
         examples, items = examples + n_targets, items + n_items
-        if graphed:
-            loss = replay(-(-n_items // grain) * grain, index, uniform)
-        else:
-            loss = backward(n_items, index.to(device), uniform.to(device))
+        loss = replay(-(-n_items // grain) * grain if graphed else n_items, index, uniform)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -118,7 +115,7 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
         f"({min(rates)[0]:,.0f} to {max(rates)[0]:,.0f}), {steps_s:.1f} steps/s, {operations_s / 1e12:.1f} TFLOP/s"
         + (f" ({operations_s / peak:.0%} of the matrix rate)" if peak else "")
         + f", {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"first {args.warmup} steps {ready:.0f} s, {memory:.1f} GiB, {len(replay.recorded)} shapes, "
+        f"first {args.warmup} steps {ready:.0f} s, {memory:.1f} GiB, "
         f"loss {float(loss):.3f}",
         flush=True,
     )

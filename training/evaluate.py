@@ -41,7 +41,8 @@ def retrieval_metrics(
     model.eval()
     metrics = RankingMetrics(ks, accelerator.device)
     for batch in source.in_order(batch_size, accelerator.process_index, accelerator.num_processes):
-        ranked = beam_search(model, tokenize(batch, trie.item_codes), trie, beams)
+        with accelerator.autocast():
+            ranked = beam_search(model, tokenize(batch, trie.item_codes), trie, beams)
         metrics.update(ranked.items, batch.targets.values)
     model.train()
     metrics.counts = accelerator.reduce(metrics.counts, "sum")
