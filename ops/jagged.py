@@ -1,7 +1,7 @@
 """The variable-length type of the project and the public operations on it.
 
-Every function here takes the pure-torch path of `ops.reference`; a faster kernel for a device is chosen
-here and nowhere else, so that callers never know.
+On a GPU they run the kernels of `ops.triton`, elsewhere their pure-torch twins in `ops.reference`. The choice is
+made here and nowhere else, so that callers never know.
 """
 
 from dataclasses import dataclass
@@ -53,14 +53,23 @@ class JaggedTensor:
 
     def to_padded(self, padding: float = 0.0) -> Tensor:
         """[B, max_length, ...], rows padded at the end."""
-        return reference.jagged_to_padded(self.values, self.offsets, self.max_length, padding)
+        arguments = (self.values, self.offsets, self.max_length, padding)
+        if _has_kernel(self.values):
+            from ops.triton.rows import jagged_to_padded
+
+            return jagged_to_padded(*arguments)
+        return reference.jagged_to_padded(*arguments)
 
     @staticmethod
     def from_padded(padded: Tensor, lengths: Tensor) -> "JaggedTensor":
         """Keeps the first `lengths[b]` entries of row b of padded [B, M, ...]."""
         offsets = lengths_to_offsets(lengths)
-        total = int(offsets[-1])
-        return JaggedTensor(reference.padded_to_jagged(padded, offsets, total), offsets, padded.shape[1])
+        arguments = (padded, offsets, int(offsets[-1]))
+        if _has_kernel(padded):
+            from ops.triton.rows import padded_to_jagged
+
+            return JaggedTensor(padded_to_jagged(*arguments), offsets, padded.shape[1])
+        return JaggedTensor(reference.padded_to_jagged(*arguments), offsets, padded.shape[1])
 
     @staticmethod
     def from_rows(rows: list[Tensor]) -> "JaggedTensor":
@@ -88,11 +97,22 @@ def row_indices(offsets: Tensor, total: int) -> Tensor:
     return reference.row_indices(offsets, total)
 
 
+def jagged_concat(first: JaggedTensor, second: JaggedTensor) -> JaggedTensor:
+    """Row b becomes [row b of first, row b of second]. Values [S, ...] and [T, ...] of one dtype -> [S + T, ...]."""
+    offsets = first.offsets + second.offsets
+    arguments = (first.values, second.values, first.offsets, second.offsets)
+    if _has_kernel(first.values):
+        from ops.triton.rows import concat_rows
+
+        values = concat_rows(*arguments, first.max_length, second.max_length)
+    else:
+        values = reference.jagged_concat(*arguments)
+    return JaggedTensor(values, offsets, first.max_length + second.max_length)
+
+
 def jagged_prepend(prefix: Tensor, rows: JaggedTensor) -> JaggedTensor:
     """One value in front of every row: prefix [B, ...], rows.values [T, ...] -> values [B + T, ...]."""
-    offsets = rows.offsets + torch.arange(rows.batch_size + 1, device=rows.offsets.device)
-    values = reference.jagged_prepend(prefix, rows.values, rows.offsets)
-    return JaggedTensor(values, offsets, rows.max_length + 1)
+    return jagged_concat(JaggedTensor.uniform(prefix[:, None]), rows)
 
 
 def jagged_attention(

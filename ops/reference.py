@@ -106,14 +106,14 @@ def _visible_bias(
     return rows.index_select(0, limits.flatten()).unflatten(0, limits.shape).transpose(1, 2)
 
 
-def jagged_prepend(prefix: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
-    """One value in front of every row: row b becomes [prefix[b], values of row b].
+def jagged_concat(first: Tensor, second: Tensor, first_offsets: Tensor, second_offsets: Tensor) -> Tensor:
+    """Row b becomes [row b of first, row b of second].
 
-    Shape: prefix [B, ...], values [T, ...], offsets [B+1] -> [B + T, ...]; the new offsets are
-    `offsets + arange(B+1)`.
+    Shape: first [S, ...], second [T, ...], both offsets [B+1] -> [S + T, ...]; the new offsets are the sum of both.
     """
-    batch = prefix.shape[0]
-    first = offsets[:-1] + torch.arange(batch, device=offsets.device)
-    rest = torch.arange(values.shape[0], device=offsets.device) + row_indices(offsets, values.shape[0]) + 1
-    joined = torch.cat([prefix, values])
-    return torch.empty_like(joined).index_copy(0, torch.cat([first, rest]), joined)
+    own = torch.arange(first.shape[0], device=first.device)
+    first_places = own + second_offsets[row_indices(first_offsets, first.shape[0])]
+    own = torch.arange(second.shape[0], device=second.device)
+    second_places = own + first_offsets[1:][row_indices(second_offsets, second.shape[0])]
+    joined = torch.cat([first, second])
+    return torch.empty_like(joined).index_copy(0, torch.cat([first_places, second_places]), joined)

@@ -1,0 +1,58 @@
+"""Copies between jagged and padded rows, against boolean masks and index copies, at Amazon Beauty's lengths.
+
+    python -m benchmarks.copies
+
+Needs a CUDA GPU. The limit is the device's copy bandwidth over the bytes that must be read and written.
+"""
+
+import torch
+
+from benchmarks.attention import beauty_lengths
+from benchmarks.timing import copy_bandwidth, heading, quantiles, row
+from ops import reference
+from ops.jagged import lengths_to_offsets
+from ops.triton import rows as kernels
+
+
+def compare(lengths: torch.Tensor, width: int, dtype: torch.dtype, bandwidth: float) -> None:
+    offsets, total, longest = lengths_to_offsets(lengths).cuda(), int(lengths.sum()), int(lengths.max())
+    values = torch.randn(total, width, device="cuda", dtype=dtype)
+    padded = reference.jagged_to_padded(values, offsets, longest)
+    users, mask = len(lengths), torch.arange(longest, device="cuda") < offsets.diff()[:, None]
+    prefix = torch.randn(users, width, device="cuda", dtype=dtype)
+    ones = torch.arange(users + 1, device="cuda")
+    unit = width * values.element_size() / bandwidth * 1e6  # microseconds to move one row of values once
+    print(f"\n[{users}, {longest}, {width}] {str(dtype)[6:]}, {total:,} values")
+    print(f"  {'microseconds':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
+    limit = (total + users * longest) * unit
+    row("jagged to padded", quantiles(lambda: kernels.jagged_to_padded(values, offsets, longest)), limit)
+    row(
+        "jagged to padded, torch index copy",
+        quantiles(lambda: reference.jagged_to_padded(values, offsets, longest)),
+        limit,
+    )
+    row(
+        "jagged to padded, boolean mask",
+        quantiles(lambda: padded.new_zeros(padded.shape).index_put((mask,), values)),
+        limit,
+    )
+    row("padded to jagged", quantiles(lambda: kernels.padded_to_jagged(padded, offsets, total)), 2 * total * unit)
+    row("padded to jagged, boolean mask", quantiles(lambda: padded[mask]), 2 * total * unit)
+    joined = 2 * (total + users) * unit
+    row("prepend", quantiles(lambda: kernels.concat_rows(prefix, values, ones, offsets, 1, longest)), joined)
+    row("prepend, torch index copy", quantiles(lambda: reference.jagged_concat(prefix, values, ones, offsets)), joined)
+
+
+def main() -> None:
+    heading()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"device copy: {bandwidth / 1e12:.2f} TB/s")
+    for width, dtype in ((128, torch.float32), (512, torch.float32), (384, torch.bfloat16)):
+        compare(beauty_lengths(4096), width, dtype, bandwidth)
+    compare(torch.full((4096,), 800), 128, torch.float32, bandwidth)
+    compare(beauty_lengths(600), 128, torch.float32, bandwidth)
+
+
+if __name__ == "__main__":
+    main()

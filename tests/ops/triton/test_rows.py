@@ -1,0 +1,80 @@
+"""The copying kernels against their twins: on the GPU, or on the CPU through the interpreter."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ops import reference
+from tests.ops.triton.device import DEVICE
+
+rows = pytest.importorskip("ops.triton.rows")
+
+lengths_strategy = st.lists(st.integers(0, 12), min_size=1, max_size=5)
+shapes = st.sampled_from([(), (1,), (5,), (3, 4), (600,)])
+
+
+def make_offsets(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+
+
+def agree(kernel, twin, *leaves: torch.Tensor) -> None:
+    """Bit for bit: values and gradients are moved, not computed."""
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    mine, theirs = kernel(*leaves), twin(*leaves)
+    assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    weights = torch.randn_like(theirs)
+    grads = [torch.autograd.grad((out * weights).sum(), leaves) for out in (mine, theirs)]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+@settings(deadline=None, max_examples=20)
+@given(lengths_strategy, shapes, st.integers(0, 9))
+def test_padding_and_back(lengths, shape, slack):
+    offsets, longest, total = make_offsets(lengths), max(lengths) + slack, sum(lengths)
+    values, padded = (
+        torch.randn(total, *shape, device=DEVICE),
+        torch.randn(len(lengths), longest, *shape, device=DEVICE),
+    )
+    agree(
+        lambda v: rows.jagged_to_padded(v, offsets, longest, -7.0),
+        lambda v: reference.jagged_to_padded(v, offsets, longest, -7.0),
+        values,
+    )
+    agree(
+        lambda p: rows.padded_to_jagged(p, offsets, total),
+        lambda p: reference.padded_to_jagged(p, offsets, total),
+        padded,
+    )
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5), shapes)
+def test_rows_are_joined(pairs, shape):
+    lengths = [list(column) for column in zip(*pairs, strict=True)]
+    offsets, longest = [make_offsets(column) for column in lengths], [max(column) for column in lengths]
+    agree(
+        lambda a, b: rows.concat_rows(a, b, *offsets, *longest),
+        lambda a, b: reference.jagged_concat(a, b, *offsets),
+        *(torch.randn(sum(column), *shape, device=DEVICE) for column in lengths),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64, torch.int32, torch.bool])
+def test_any_dtype_moves(dtype):
+    offsets = make_offsets([3, 0, 2])
+    values = torch.randn(5, 7, device=DEVICE).mul(9).to(dtype)
+    assert torch.equal(rows.jagged_to_padded(values, offsets, 4), reference.jagged_to_padded(values, offsets, 4))
+
+
+def test_views_that_are_not_contiguous():
+    offsets, values = make_offsets([3, 2]), torch.randn(7, 5, device=DEVICE).T
+    assert torch.equal(rows.jagged_to_padded(values, offsets, 3), reference.jagged_to_padded(values, offsets, 3))
+
+
+def test_registered_for_compile():
+    offsets = make_offsets([3, 0, 2])
+    values = torch.randn(5, 4, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(rows.copy_rows, (values, offsets.diff(), offsets[:-1], 0, None, 4, 4, 12, 0.0))
+    others = torch.randn(5, 4, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(rows.concat_rows, (values, others, offsets, offsets, 3, 3))
