@@ -99,7 +99,6 @@ class CustomData:
 
     def _chosen(self, path: Path, events: "pl.DataFrame", catalogue: "pl.DataFrame | None") -> "pl.DataFrame":
         """Without unknown items, duplicates, and what the k-core leaves out; says how many rows are gone."""
-
         left_out, total = {}, len(events)
         if catalogue is not None:
             known = events["item"].is_in(catalogue["key"].implode())
@@ -135,6 +134,9 @@ class CustomData:
         path, key = Path(self.items), self.item_key_column or self.item_column
         columns = [key, *self.text_columns, *([self.category_column] if self.category_column else [])]
         table = read_table(path, list(dict.fromkeys(columns)), text=(key,))
+        for column, kind in table.schema.items():
+            if (kind.inner if isinstance(kind, pl.List) else kind).is_nested():
+                raise ValueError(f"{path}: {column!r} must hold texts, numbers or lists of them, not {kind}")
         ids = keys(path, table, key)
         if ids.is_empty():
             raise ValueError(f"{path}: there must be an item")

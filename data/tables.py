@@ -41,7 +41,7 @@ def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> 
         return frame.select(columns).collect()
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
         found = None if path.suffix == ".parquet" else _bad_line(path)
-        reason = found or f" can't be read as {path.suffix[1:]}: {str(error).splitlines()[0]}"
+        reason = found or f" can't be read as {path.suffix[1:]}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"{path}{reason}") from error
 
 
@@ -49,22 +49,21 @@ def _bad_line(path: Path) -> str | None:
     """Where the first line is that is no UTF-8, no JSON, or no row as wide as the header, and why. Slow."""
     with open(path, "rb") as lines:
         text = (line.decode("utf-8") for line in lines)
-        rows = (
-            text if path.suffix not in SEPARATORS else csv.reader(text, delimiter=SEPARATORS[path.suffix], strict=True)
-        )
+        if path.suffix in SEPARATORS:
+            rows = csv.reader(text, delimiter=SEPARATORS[path.suffix], strict=True)
+        else:
+            rows = (json.loads(line) for line in text)
         number, width = 0, None
         try:
             for row in rows:
-                number = rows.line_num if path.suffix in SEPARATORS else number + 1
-                if path.suffix not in SEPARATORS:
-                    json.loads(row)
-                elif len(row) > (width := width or len(row)):
+                number = getattr(rows, "line_num", number + 1)
+                width = width or len(row)
+                if path.suffix in SEPARATORS and len(row) > width:
                     return f", line {number}: {len(row)} fields where the header has {width}"
         except UnicodeDecodeError:
-            number = rows.line_num if path.suffix in SEPARATORS else number
             return f", line {number + 1}: the bytes are not UTF-8; convert the file first"
         except (json.JSONDecodeError, csv.Error) as error:
-            return f", line {number + (path.suffix in SEPARATORS)}: {error}"
+            return f", line {number + 1}: {error}"
     return None
 
 

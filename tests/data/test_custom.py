@@ -210,6 +210,10 @@ def test_other_files_and_parameters_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             CustomData("mine", str(tmp_path / name)).read()
+    (tmp_path / "events.csv").write_text(HEAD + "u,a,1\n")
+    pl.DataFrame({"item": ["a"], "title": [{"en": "A"}]}).write_parquet(tmp_path / "items.parquet")
+    with pytest.raises(ValueError, match="items.parquet: 'title' must hold texts, numbers or lists"):
+        CustomData("mine", f"{tmp_path}/events.csv", f"{tmp_path}/items.parquet", category_column="title").read()
     with pytest.raises(FileNotFoundError, match="nowhere.csv is missing"):
         CustomData("mine", str(tmp_path / "nowhere.csv")).read()
     for name in ("", "a/b", "..", ".x"):

@@ -28,16 +28,32 @@ def test_help_says_how_to_use_the_script():
         (["configs/rqvae_sample.gin", "--gin", "Rqvae.n_layers = 5"], "No configurable matching 'Rqvae'"),
         (["configs/rqvae_sample.gin", "--gin", 'train.dataset_split = "books"'], "must be '', not 'books'"),
         (["configs/rqvae_amazon.gin", "--gin", 'train.dataset_split = "books"'], "'beauty' or 'sports' or 'toys'"),
-        (["configs/rqvae_amazon.gin", "--gin", 'train.dataset_folder = "nowhere"'], "nowhere/raw/beauty"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, message, tmp_path):
-    folder = ["--gin", f'train.save_dir_root = "{tmp_path}/run"']
-    if not any("dataset_folder" in argument for argument in arguments):
-        folder += ["--gin", f'train.dataset_folder = "{tmp_path}/data"']
+    folder = ["--gin", f'train.save_dir_root = "{tmp_path}/run"', "--gin", f'train.dataset_folder = "{tmp_path}/data"']
     done = run("train_rqvae.py", *arguments, *folder)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
-    assert not (REPOSITORY / "nowhere").exists()
+
+
+def test_without_a_connection_it_says_which_files_to_put_where(tmp_path):
+    names = ("P5_data.zip", "reviews_Beauty_5.json.gz", "meta_Beauty.json.gz")
+    bindings = [f"Downloads.mirrors = { {name: ['http://no.invalid/'] for name in names} }"]
+    bindings += [f'train.dataset_folder = "{tmp_path}/data"', f'train.save_dir_root = "{tmp_path}/run"']
+    done = run("train_rqvae.py", "configs/rqvae_amazon.gin", *(part for one in bindings for part in ("--gin", one)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{tmp_path}/data/raw/beauty/meta.json.gz" in done.stderr and "or meta_Beauty" not in done.stderr
+    assert f"or reviews_Beauty_5.json.gz, meta_Beauty.json.gz into {tmp_path}/data/raw/beauty." in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.gin")), ids=lambda path: path.stem)
+def test_every_config_binds_parameters_that_exist(config):
+    """In a process of its own, which reads the config and goes no further."""
+    script = f"train_{config.stem.split('_')[0]}"
+    code = f"import gin, {script}; gin.parse_config_file({str(config)!r}); print(gin.query_parameter('train.dataset'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
