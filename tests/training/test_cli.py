@@ -50,10 +50,11 @@ def test_without_a_connection_it_says_which_files_to_put_where(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.gin")), ids=lambda path: path.stem)
-def test_every_config_binds_parameters_that_exist(config):
-    """In a process of its own, which reads the config and goes no further."""
-    script = f"train_{config.stem.split('_')[0]}"
-    code = f"import gin, {script}; gin.parse_config_file({str(config)!r}); print(gin.query_parameter('train.dataset'))"
+@pytest.mark.parametrize("stage", ["rqvae", "decoder"])
+def test_every_config_binds_parameters_that_exist(stage):
+    """In a process that has only what the script imports."""
+    configs = sorted(str(path) for path in (REPOSITORY / "configs").glob(f"{stage}_*.gin"))
+    assert len(configs) >= 5
+    code = f"import gin, train_{stage}\nfor config in {configs}:\n    gin.clear_config()\n    gin.parse_config_file(config)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
