@@ -55,6 +55,7 @@ def test_every_config_binds_parameters_that_exist(stage):
     """In a process that has only what the script imports."""
     configs = sorted(str(path) for path in (REPOSITORY / "configs").glob(f"{stage}_*.gin"))
     assert len(configs) >= 5
-    code = f"import gin, train_{stage}\nfor config in {configs}:\n    gin.clear_config()\n    gin.parse_config_file(config)"
+    parse = "gin.clear_config(), gin.parse_config_file(config)"
+    code = f"import gin, train_{stage}\nfor config in {configs}: {parse}"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
