@@ -15,8 +15,8 @@ def encode_chunks(
 ) -> None:
     """Writes the [N, D] float32 matrix of N texts to `path`, a .npy file, `size` texts at a time.
 
-    All processes call it; each encodes its share, the first one joins them. Chunks wait in the folder `<path>.chunks`,
-    so that a run that is started again goes on with those that are missing. fresh: encode all of them again.
+    All processes call it, and share the disk; each encodes its share, the first one joins them. Chunks wait in a folder
+    beside `path`, so that a run that is started again goes on with those that are missing. fresh: encode all again.
 
     Raises ValueError where a chunk has another number of rows or of columns than it must have, or values that are not
     finite.
@@ -51,6 +51,9 @@ def encode_chunks(
             print(f"Encoded {encoded:,} of {len(files):,} chunks", flush=True)
     state.wait_for_everyone()
     if state.is_main_process:
+        lost = [file for file in files if not file.exists()]
+        if lost:
+            raise FileNotFoundError(f"{lost[0]} was written on another machine: the processes must share a disk")
         _join(files, len(texts), path)
         shutil.rmtree(folder)
     state.wait_for_everyone()

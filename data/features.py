@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from data.chunks import encode_chunks, save_array
@@ -86,7 +87,7 @@ def item_features(
     identity, n_cat_features = " + ".join(source.identity for source in sources), 0
     if categories:
         path = folder / f"categories-{corpus.hash}.npy"
-        write = partial(_save_by_main, path, partial(_multi_hot, corpus))
+        write = partial(_save_in_turn, path, partial(_multi_hot, corpus), force)
         blocks.append(_cached(path, corpus.n_items, write, force))
         n_cat_features = blocks[-1].shape[1]
         identity += f" + {n_cat_features} categories"
@@ -100,14 +101,15 @@ def _write(path: Path, source: FeatureSource, corpus: Corpus, train_lengths: Ten
     if chunk_items is not None:
         encode_chunks(source.encode, corpus.texts(), chunk_items, path, force)
     else:
-        _save_by_main(path, partial(_compute, source, corpus, train_lengths))
+        _save_in_turn(path, partial(_compute, source, corpus, train_lengths), force)
 
 
-def _save_by_main(path: Path, compute: Callable[[], np.ndarray]) -> None:
+def _save_in_turn(path: Path, compute: Callable[[], np.ndarray], force: bool) -> None:
+    """Once where the nodes share a disk, and once a node where they don't, or if it is forced."""
     state = PartialState()
-    if state.is_main_process:
-        save_array(path, compute())
-    state.wait_for_everyone()
+    with state.main_process_first(), state.local_main_process_first():
+        if state.is_local_main_process and (force or not path.exists()):
+            save_array(path, compute())
 
 
 def _compute(source: FeatureSource, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
@@ -137,10 +139,13 @@ def _multi_hot(corpus: Corpus) -> np.ndarray:
 
 def _cached(path: Path, n_items: int, write: Callable[[], None], force: bool) -> np.ndarray:
     """The array in `path`, memory-mapped; where it isn't there, all processes call `write` first."""
-    wanted = force or not path.exists()
-    PartialState().wait_for_everyone()  # all have looked before anyone writes
-    if wanted:
+    if any(gather_object([force or not path.exists()])):  # the same answer for all, before anyone writes
         write()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} was written on another machine: processes that encode texts together must share a disk. Run with "
+            "one process first, and copy the file to the machines of the others."
+        )
     try:
         values = np.load(path, mmap_mode="c")  # copy on write: torch takes only arrays that it may write to
     except (ValueError, EOFError) as error:

@@ -95,28 +95,34 @@ import numpy as np
 from data.chunks import encode_chunks
 from tests.data.test_chunks import TEXTS, Encoder
 state, folder = PartialState(cpu=True), Path(sys.argv[1])
+place = folder / str(state.process_index) if len(sys.argv) > 2 else folder
 encoder = Encoder()
 for _ in range(2):
-    encode_chunks(encoder, TEXTS, 3, folder / "x.npy", fresh=True)
+    encode_chunks(encoder, TEXTS, 3, place / "x.npy", fresh=True)
 (folder / f"seen{state.process_index}").write_text(",".join(encoder.seen))
 np.save(folder / f"from{state.process_index}.npy", np.load(folder / "x.npy"))
 state.destroy_process_group()
 """
 
 
-def test_two_processes_encode_their_shares_and_see_one_matrix(tmp_path):
-    (tmp_path / "two.py").write_text(TWO)
+def two(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    (folder / "two.py").write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, str(tmp_path / "two.py"), str(tmp_path)],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command += [str(folder / "two.py"), str(folder), *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_encode_their_shares_and_see_one_matrix(tmp_path):
+    done = two(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     seen = [(tmp_path / f"seen{rank}").read_text().split(",") for rank in (0, 1)]
     assert seen == [(TEXTS[:3] + TEXTS[6:9]) * 2, (TEXTS[3:6] + TEXTS[9:]) * 2]
     for rank in (0, 1):
         np.testing.assert_array_equal(np.load(tmp_path / f"from{rank}.npy"), EXPECTED)
+
+
+def test_processes_on_disks_of_their_own_are_told_so(tmp_path):
+    done = two(tmp_path, "own disks")
+    assert done.returncode != 0 and "the processes must share a disk" in done.stderr
+    assert not (tmp_path / "0" / "x.npy").exists()
