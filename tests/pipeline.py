@@ -10,7 +10,6 @@ from pathlib import Path
 
 import gin
 import pytest
-import torch
 
 import train_decoder
 import train_rqvae
@@ -134,22 +133,6 @@ def lines(path: Path) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     clock = ("time", "examples_per_second")
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
-
-
-def interrupt_after(steps: int, action) -> None:
-    """Raises KeyboardInterrupt in the optimizer's step number `steps` + 1."""
-    taken, step = 0, torch.optim.AdamW.step
-
-    def counted(self, *args, **kwargs):
-        nonlocal taken
-        taken += 1
-        if taken > steps:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", counted)
-        action()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from data.utils import SequenceSource
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.semids import SemanticIds
-from tests.pipeline import N_ITEMS, interrupt_after, launch, lines, run, write_raw
+from tests.pipeline import N_ITEMS, launch, lines, run, write_raw
 
 
 def test_the_pipeline_learns_what_follows_from_the_last_item(trained):
@@ -63,30 +63,6 @@ def test_the_same_config_gives_the_same_run(trained, tmp_path):
     assert lines(tmp_path / "a" / "metrics.jsonl") == lines(tmp_path / "b" / "metrics.jsonl")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(trained, tmp_path):
-    extra = ("train.iterations = 60", f'train.save_dir_root = "{tmp_path}/run"')
-    straight = run(trained, "decoder", *extra)
-    root = tmp_path / "run"
-    weights, log = load_file(root / "model" / "model.safetensors"), lines(root / "metrics.jsonl")
-    shutil.rmtree(root)
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_after(40, lambda: run(trained, "decoder", *extra))
-    assert run(trained, "decoder", *extra) == straight
-    assert lines(root / "metrics.jsonl") == log
-    resumed = load_file(root / "model" / "model.safetensors")
-    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
-
-
-def test_accumulated_batches_equal_one_large_batch(trained, tmp_path):
-    common = ("train.iterations = 10", "EncoderDecoderRetrievalModel.dropout = 0.0")
-    run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/one"', "train.batch_size = 16")
-    accumulated = ("train.batch_size = 8", "train.gradient_accumulate_every = 2")
-    run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/two"', *accumulated)
-    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-4)
-
-
 def test_a_bidirectional_encoder_trains_on_one_target_a_history(trained, tmp_path):
     bidirectional = ("EncoderDecoderRetrievalModel.causal_encoder = False", "train.every_position = False")
     metrics = run(trained, "decoder", *bidirectional, f'train.save_dir_root = "{tmp_path}/run"')
@@ -127,18 +103,6 @@ def test_as_many_beams_as_items_rank_the_whole_catalogue(trained, tmp_path):
     extra = ("train.iterations = 10", f"train.beams = {N_ITEMS}", f"train.top_k = (1, {N_ITEMS})")
     metrics = run(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}"')
     assert metrics[f"test/recall@{N_ITEMS}"] == 1.0
-
-
-def test_two_processes_give_the_result_of_one(trained, tmp_path):
-    common = ("train.iterations = 20", "EncoderDecoderRetrievalModel.dropout = 0.0", "train.batch_size = 30")
-    one = run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/one"')
-    two = launch(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/two"')
-    assert two == pytest.approx(one, abs=1e-9)
-    logs = [lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
-    for first, second in zip(*logs, strict=True):
-        assert (first["step"], first["split"]) == (second["step"], second["split"])
-        if first["split"] == "valid":
-            assert second == pytest.approx(first, abs=1e-5)
 
 
 def test_a_run_is_not_continued_with_other_semantic_ids(trained, tmp_path):

@@ -1,15 +1,13 @@
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from data.processed import RecDataset, load_corpus
 from modules.rqvae import RqVae
 from modules.tokenizer.semids import SemanticIds
-from tests.pipeline import interrupt_after, launch, lines, run, write_raw
+from tests.pipeline import launch, lines, run, write_raw
 
 
 def test_the_run_folder_keeps_the_contract(trained):
@@ -63,21 +61,6 @@ def test_every_mode_trains_and_leaves_no_code_unused(trained, tmp_path, mode):
 def test_categories_become_trailing_features(trained, tmp_path):
     run(trained, "rqvae", "train.categories = True", f'train.save_dir_root = "{tmp_path}"')
     assert RqVae.from_pretrained(tmp_path / "tokenizer").config["n_cat_features"] == 5
-
-
-def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(trained, tmp_path):
-    write_raw(tmp_path)
-    root = tmp_path / "out" / "rqvae"
-    run(tmp_path, "rqvae")
-    straight = load_file(root / "tokenizer" / "model.safetensors"), lines(root / "metrics.jsonl")
-    shutil.rmtree(root)
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_after(45, lambda: run(tmp_path, "rqvae"))
-    assert (root / "checkpoints" / "LAST").read_text().strip() == "step_00000040"
-    run(tmp_path, "rqvae")
-    assert lines(root / "metrics.jsonl") == straight[1]
-    resumed = load_file(root / "tokenizer" / "model.safetensors")
-    assert all(torch.equal(resumed[name], straight[0][name]) for name in straight[0])
 
 
 def test_two_processes_give_the_codes_of_one(trained, tmp_path):
