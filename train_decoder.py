@@ -5,16 +5,23 @@
 Needs the tokenizer of the same corpus, from train_rqvae.py. The best checkpoint by validation NDCG is tested once.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import gin
 import torch
 from accelerate.utils import set_seed
 
+from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
+from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
+from data.features import FeatureSource, item_features
 from data.processed import RecDataset, load_corpus
 from data.splits import draw_splits, every_prefix, windows
 from data.utils import SequenceSource, Shuffler, derive_seed, tokenize
+from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
-from modules.tokenizer.semids import SemanticIds
+from modules.tokenizer.catalogue import Described, load_or_make_ids
 from training import cli, distributed, plots, report
 from training.evaluate import baseline_metrics, retrieval_metrics, validation_loss
 from training.health import Health
@@ -31,6 +38,8 @@ def train(
     dataset_split: str = "",
     split: str = "leave-one-out",
     pretrained_rqvae_path: str = "out/rqvae_{corpus}",
+    pretrained_rqvae_revision: str | None = None,
+    features: Sequence[FeatureSource] | None = None,
     save_dir_root: str = "out/decoder_{corpus}",
     iterations: int = 20_000,
     batch_size: int = 256,
@@ -61,8 +70,10 @@ def train(
     """Trains the retriever of one corpus and returns what metrics.json holds.
 
     dataset, dataset_folder, dataset_split: see `data.processed.load_corpus`. split: "leave-one-out" or "temporal",
-    the tokenizer's. pretrained_rqvae_path: run or tokenizer folder, or the semantic IDs file; in it and in
-    save_dir_root "{corpus}" stands for the corpus name.
+    the tokenizer's. pretrained_rqvae_path: run or tokenizer folder, semantic IDs file, or Hub id (at
+    pretrained_rqvae_revision); in it and in save_dir_root "{corpus}" stands for the corpus name. features: set for a
+    tokenizer of another catalogue or of the original project (folder, .pt checkpoint or Hub id), which then gives the
+    items their IDs; what it was trained on.
     batch_size: histories a micro-step over all processes. max_items: longest history. every_position: each
     item of a training window is a target given those before it; off: one target a history, as a
     bidirectional encoder needs. exclude_history: rank only items the user has not consumed, for the baselines as
@@ -77,9 +88,10 @@ def train(
     with distributed.in_turn(accelerator):
         force = force_dataset_process and accelerator.is_local_main_process
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
-    semantic_ids = SemanticIds.load(pretrained_rqvae_path.format(corpus=corpus.name))
-    semantic_ids.check_corpus(corpus.name, corpus.hash)
-    splits = draw_splits(split, corpus.interactions)
+        splits = draw_splits(split, corpus.interactions)
+        read = partial(read_features, corpus, features, dataset_folder, splits, force) if features else None
+        path = pretrained_rqvae_path.format(corpus=corpus.name)
+        semantic_ids = load_or_make_ids(path, pretrained_rqvae_revision, corpus, read, device)
     if (seen := semantic_ids.tokenizer.get("split", splits.name)) != splits.name:
         raise ValueError(
             f"The tokenizer was made for the {seen} split and may know what the {splits.name} split tests on: bind "
@@ -211,6 +223,12 @@ def train(
     report.retrieval_table(metrics, splits.name, exclude_history, run.root, show=accelerator.is_main_process)
     distributed.end(accelerator)
     return metrics
+
+
+def read_features(corpus, features, dataset_folder, splits, force) -> Described:
+    """What a tokenizer without IDs for the corpus reads of it."""
+    described = item_features(corpus, features, dataset_folder, splits.train_lengths, force)
+    return Described(described.values, described.identity, splits.name)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@
 Leaves <save_dir_root>/tokenizer with the model and semantic_ids.safetensors, which train_decoder.py reads.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,15 +16,20 @@ from accelerate.utils import broadcast, set_seed
 from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
 from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
 from data.features import FeatureSource, item_features
+from data.files import write_file
 from data.processed import RecDataset, load_corpus
 from data.splits import draw_splits
 from data.utils import Shuffler, derive_seed
 from data.vectors import Vectors  # noqa: F401  (named in configs)
+from modules.pretrained import push_folder
 from modules.rqvae import RqVae
+from modules.tokenizer.card import model_card
+from modules.tokenizer.catalogue import catalogue_codes, make_ids, reconstruction_error
 from modules.tokenizer.semids import SemanticIds
 from training import cli, distributed, plots, report
+from training.graph import TokenizerStep
 from training.health import Health
-from training.metrics import codebook_usage, collision_rate
+from training.metrics import codebook_usage, collisions, neighbour_agreement
 from training.run import Run
 from training.schedule import due, warmup_cosine
 from training.signals import Stopped, StopSignal
@@ -51,6 +54,8 @@ def train(
     max_gradient_norm: float = 1.0,
     gumbel_temperature: tuple[float, float] = (1.0, 0.1),
     refit_every: int = 1000,
+    min_usage: float = 0.9,
+    collapse_is_error: bool = True,
     gradient_accumulate_every: int = 1,
     amp: bool = False,
     mixed_precision_type: str = "fp16",
@@ -59,6 +64,8 @@ def train(
     save_model_every: int = 5000,
     keep_checkpoints: int = 3,
     resume: bool = True,
+    push_vae_to_hf: bool = False,
+    vae_hf_model_name: str = "",
     wandb_logging: bool = False,
     wandb_project: str = "generative-retrieval",
     force_dataset_process: bool = False,
@@ -71,8 +78,12 @@ def train(
     read its training data only. save_dir_root: "{corpus}" stands for the corpus name. batch_size: items a micro-step
     over all processes. gumbel_temperature: first and last, geometric in between (Gumbel-softmax only).
     refit_every: steps between k-means fits of the codebooks to the current encoder, the last after the end; 0: never.
+    min_usage: share of a level's codes in use at the end below which the tokenizer counts as collapsed: an error, or a
+    warning if not collapse_is_error. push_vae_to_hf: upload the tokenizer folder to the Hub as vae_hf_model_name.
     mixed_precision_type: "fp16" or "bf16", used if amp. *_every: in steps.
     """
+    if push_vae_to_hf and not vae_hf_model_name:
+        raise ValueError("train.push_vae_to_hf needs train.vae_hf_model_name, a Hub repository (owner/name).")
     accelerator = distributed.start(amp, mixed_precision_type, gradient_accumulate_every)
     device = accelerator.device
     with distributed.in_turn(accelerator):
@@ -94,11 +105,18 @@ def train(
     model = RqVae(input_dim=x.shape[1], n_cat_features=described.n_cat_features).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     rows = torch.randperm(len(x), generator=generator, device=device)[:KMEANS_ROWS]
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    # One process in full precision on a GPU replays its step as a CUDA graph.
+    graphed = device.type == "cuda" and accelerator.num_processes * gradient_accumulate_every == 1 and not amp
+    optimizer = torch.optim.AdamW(
+        model.parameters(), learning_rate, weight_decay=weight_decay, fused=True, capturable=graphed
+    )
     first = run.restore(model, optimizer)["step"]
+    for group in optimizer.param_groups:
+        group["capturable"] = graphed  # the checkpoint may be from another device
     if first == 0:
         model.initialize(x[rows], generator)
     run.save_config()
+    plain_optimizer = optimizer
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
     report.heading(
@@ -116,7 +134,11 @@ def train(
     health = Health(accelerator, shuffler, run.checkpoints)
     names = ("loss", "reconstruction_loss", "quantize_loss")
     bar = report.progress(iterations, first, accelerator.is_main_process)
+    if first == 0:
+        run.log(0, "catalogue", catalogue_metrics(model, x))
     model.train()
+    if graphed:
+        replay = TokenizerStep(model, plain_optimizer, x, shuffler.batch_size, max_gradient_norm)
     with StopSignal(accelerator.num_processes) as stop:
         for step in range(first, iterations):
             torch.manual_seed(derive_seed(seed, "noise", step, accelerator.process_index))
@@ -127,7 +149,10 @@ def train(
             temperature = start * (end / start) ** (step / iterations)
             index, _ = shuffler.draw(step)
             means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
-            for share in index.tensor_split(n_shares)[accelerator.process_index :: accelerator.num_processes]:
+            if graphed:
+                means, norm = replay(index, learning_rate * factor, temperature)
+            shares = [] if graphed else index.tensor_split(n_shares)
+            for share in shares[accelerator.process_index :: accelerator.num_processes]:
                 with accelerator.accumulate(prepared):
                     losses = prepared(x[share.to(device)], temperature)
                     weight = len(share) / len(index)  # shares may differ by one row
@@ -163,15 +188,19 @@ def train(
                 raise Stopped(signum, done)
     bar.close()
 
-    metrics = catalogue_metrics(model, x)
+    codes = catalogue_codes(model, x)
+    metrics = {**catalogue_metrics(model, x), **id_metrics(model, codes, x)}
     if accelerator.is_main_process:
-        semantic_ids = save_tokenizer(
-            run.root / "tokenizer", model, model.codes(x), corpus, described.identity, splits.name
-        )
+        semantic_ids = make_ids(model, codes, corpus, described.identity, splits.name)
         metrics["extra_level_size"] = semantic_ids.level_sizes[-1]
+        save_tokenizer(run.root / "tokenizer", model, semantic_ids, described.identity, metrics)
         plots.tokenizer(run.root)
+        plots.codes(run.root, codes, model.config["codebook_size"], corpus.items["categories"].to_list())
     run.finish(metrics)
     report.table("Semantic IDs", metrics, run.root, show=accelerator.is_main_process)
+    report.verdict(metrics, min_usage, collapse_is_error, show=accelerator.is_main_process)
+    if push_vae_to_hf and accelerator.is_main_process:
+        print(f"Uploaded to {push_folder(run.root / 'tokenizer', vae_hf_model_name)}")
     distributed.end(accelerator)
     return metrics
 
@@ -180,27 +209,32 @@ def refit(model: RqVae, x: torch.Tensor, optimizer: AcceleratedOptimizer, seed: 
     """Fits the codebooks to rows x [N, D] as the encoder sees them now, the same on every process."""
     model.fit_codebooks(x, torch.Generator(x.device).manual_seed(seed))
     for layer in model.layers:
-        broadcast(layer.codebook.data)
-        for moment in optimizer.state.get(layer.codebook, {}).values():
-            moment.zero_()  # of other codes; Adam's step count starts again with them
+        for tensor in layer.state_dict().values():
+            broadcast(tensor)
+        for parameter in layer.parameters():
+            for moment in optimizer.state.get(parameter, {}).values():
+                moment.zero_()  # of other codes; Adam's step count starts again with them
 
 
 def catalogue_metrics(model: RqVae, x: torch.Tensor) -> dict[str, float]:
-    """Losses over all items, usage and entropy of each level, and how many items share all their codes."""
+    """Of all items by their nearest codes: losses, usage and perplexity of each level, collisions."""
     codes = model.codes(x)
-    usage = codebook_usage(codes, model.config["codebook_size"])
-    return {**model.losses(x), **usage, "collision_rate": collision_rate(codes)}
+    return {**model.losses(x), **codebook_usage(codes, model.config["codebook_size"]), **collisions(codes)}
 
 
-def save_tokenizer(folder: Path, model: RqVae, codes: torch.Tensor, corpus, features: str, split: str) -> SemanticIds:
-    """Writes the model and the catalogue's semantic IDs."""
+def id_metrics(model: RqVae, codes: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
+    """Of the codes [N, L] of items x [N, D]: uniqueness, reconstruction, and which neighbours share a prefix."""
+    error = reconstruction_error(model, x, codes)
+    unique = {f"id_{name}": value for name, value in collisions(codes).items()}
+    return {**unique, "id_reconstruction_loss": error, **neighbour_agreement(codes, x)}
+
+
+def save_tokenizer(folder: Path, model: RqVae, semantic_ids: SemanticIds, features: str, metrics: dict) -> None:
+    """Writes the model, the catalogue's semantic IDs and the card."""
     model.save_pretrained(folder)
-    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-    identity = {"weights": weights, "features": features, "split": split, "config": json.dumps(model.config)}
-    size = model.config["codebook_size"]
-    semantic_ids = SemanticIds.from_codes(codes, size, corpus.item_keys, corpus.name, corpus.hash, identity)
     semantic_ids.save(folder / "semantic_ids.safetensors")
-    return semantic_ids
+    dataset = f"{semantic_ids.corpus_name} ({semantic_ids.n_items:,} items)"
+    write_file(folder / "README.md", model_card(model.config, dataset, features, metrics).encode())
 
 
 if __name__ == "__main__":

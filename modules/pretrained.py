@@ -1,6 +1,7 @@
-"""Models as folders: config.json and model.safetensors, the layout of the Hugging Face Hub."""
+"""Models as folders: config.json and model.safetensors, the layout of the Hugging Face Hub; from and to the Hub."""
 
 import json
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from data.files import write_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FILES = [CONFIG, WEIGHTS, "semantic_ids.safetensors", "README.md"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def save_pretrained(model: nn.Module, config: dict, folder: str | Path) -> None:
@@ -37,3 +40,63 @@ def load_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         return json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"The model in {folder} is damaged ({error}).") from error
+
+
+def resolve(path: str | Path, revision: str | None = None, files: tuple[str, ...] = (CONFIG, WEIGHTS)) -> Path:
+    """A local file or folder as it is; otherwise the Hub repository `owner/name` as a folder in the Hub's cache.
+
+    revision: branch, tag or commit of the repository. files: what to fetch, all of one commit. Without a network a
+    cached copy serves. Raises FileNotFoundError where neither exists or a file is missing, ConnectionError where the
+    Hub is out of reach and nothing cached.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        if revision is not None:
+            raise ValueError(f"revision = {revision!r} is of a Hub repository, and '{path}' exists on this machine.")
+        return local
+    if not HUB_ID.fullmatch(str(path)):
+        raise FileNotFoundError(f"There is no file or folder '{path}', and it is no Hub id (owner/name) either.")
+    from huggingface_hub import errors, hf_hub_download
+
+    repo = f"the Hub repository '{path}'"
+    commit, folder = revision, local
+    for name in files:
+        try:
+            folder = Path(hf_hub_download(str(path), name, revision=commit)).parent
+            commit = folder.name
+        except errors.RevisionNotFoundError as error:
+            raise FileNotFoundError(f"There is no revision {revision!r} of {repo}.") from error
+        except errors.RepositoryNotFoundError as error:
+            raise FileNotFoundError(
+                f"There is no file or folder '{path}', nor {repo}, or it is private: log in with `hf auth login`."
+            ) from error
+        except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, errors.OfflineModeIsEnabled) as error:
+            if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+                raise FileNotFoundError(f"There is no {name} in {repo}: it is not a saved model.") from error
+            raise ConnectionError(
+                f"There is no file or folder '{path}', and of {repo} {name} is neither in the local cache nor can it "
+                f"be fetched: {str(error).splitlines()[0]}"
+            ) from error
+    return folder
+
+
+def push_folder(folder: str | Path, repo_id: str, private: bool = False) -> str:
+    """Uploads a model folder to the Hub repository `owner/name`, made if need be, in one commit; returns its address.
+
+    Raises PermissionError or ConnectionError that names the repository; the folder stays as it is.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    files = [path for path in (Path(folder) / name for name in FILES) if path.is_file()]
+    try:
+        api = HfApi()
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_commit(repo_id, [CommitOperationAdd(path.name, path) for path in files], commit_message="Tokenizer")
+        return str(address)
+    except ValueError:  # a name that the Hub does not allow
+        raise
+    except Exception as error:  # the client's transport raises its own types
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        hint = " Log in with `hf auth login`, with a token that may write." if status in (401, 403) else ""
+        kind = PermissionError if hint else ConnectionError
+        raise kind(f"The Hub repository '{repo_id}' took no upload: {str(error).splitlines()[0]}.{hint}") from error

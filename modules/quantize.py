@@ -5,16 +5,19 @@ from enum import Enum
 
 import gin
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.kmeans import squared_distances
+from modules.kmeans import kmeans, squared_distances
 from modules.loss import quantize_loss
+
+EMA_DECAY = 0.99
 
 
 @gin.constants_from_enum
 class QuantizeMode(Enum):
-    """How the gradient passes the choice of a code."""
+    """How a code is chosen in training, and how the gradient passes that choice."""
 
     STE = "ste"
     """Straight-through: the gradient of the code goes to the input unchanged (van den Oord et al. 2017)."""
@@ -22,6 +25,16 @@ class QuantizeMode(Enum):
     """The gradient is rotated and scaled as the input was to reach the code (Fifty et al. 2024)."""
     GUMBEL_SOFTMAX = "gumbel_softmax"
     """A soft mixture of codes, sharpened by the temperature (Jang et al. 2017)."""
+    SINKHORN = "sinkhorn"
+    """Codes shared out evenly over the batch (Zheng et al. 2024, LC-Rec, eq. 4), gradient straight-through."""
+
+
+class QuantizeForwardMode(Enum):
+    """The modes as the original project numbers and pickles them."""
+
+    GUMBEL_SOFTMAX = 1
+    STE = 2
+    ROTATION_TRICK = 3
 
 
 @dataclass(frozen=True)
@@ -58,39 +71,149 @@ def rotation_trick(x: Tensor, embedding: Tensor) -> Tensor:
     return target + (passed - passed.detach())  # the value is exactly the code's: the bracket is zero
 
 
-class Quantize(nn.Module):
-    """A codebook of `codebook_size` vectors of `dim` numbers."""
+def sinkhorn(distances: Tensor, epsilon: float = 0.02, iterations: int = 50) -> Tensor:
+    """Entropic optimal transport of B rows to V codes of equal share: the plan with rows of 1 and columns of B / V.
 
-    def __init__(self, dim: int, codebook_size: int, mode: QuantizeMode, commitment_weight: float) -> None:
+    epsilon: regularization, in units of the mean distance (Cuturi 2013). Shape: [B, V] -> [B, V] float64.
+    """
+    costs = distances.double()
+    costs = costs - costs.min(1, keepdim=True).values
+    kernel = torch.exp(-costs / (epsilon * distances.double().mean()).clamp_min(1e-30)).clamp_min(1e-200)
+    rows, share = kernel.new_ones(len(kernel)), len(kernel) / kernel.shape[1]
+    for _ in range(iterations):
+        columns = share / (rows @ kernel)
+        rows = 1 / (kernel @ columns)
+    return rows[:, None] * kernel * columns
+
+
+def first_smallest(distances: Tensor) -> Tensor:
+    """Column of the smallest value of each row; of equal ones the first, on every device.
+
+    In float64 values that differ by rounding (1e-12 of the largest in the row) are equal. Shape: [B, V] -> [B] int64.
+    """
+    slack = 1e-12 * distances.amax(1, keepdim=True) if distances.dtype == torch.float64 else 0.0
+    smallest = distances <= distances.amin(1, keepdim=True) + slack
+    columns = torch.arange(distances.shape[1], device=distances.device)
+    return torch.where(smallest, columns, distances.shape[1] - 1).amin(1)
+
+
+class Quantize(nn.Module):
+    """A codebook of `codebook_size` vectors of `dim` numbers.
+
+    distance: "l2", or "cosine", which compares directions. update: "gradient", or "ema": each code is the moving
+    average of its inputs (van den Oord et al. 2017, appendix A.1). sim_vq: the codes are a learned linear map of
+    the stored vectors, so that a step moves all of them (Zhu et al. 2024). normalize: codes of length 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        mode: QuantizeMode,
+        commitment_weight: float,
+        distance: str = "l2",
+        update: str = "gradient",
+        sim_vq: bool = False,
+        normalize: bool = False,
+    ) -> None:
         super().__init__()
+        if distance not in ("l2", "cosine"):
+            raise ValueError(f"The codebook's distance is {distance!r}; it can be 'l2' or 'cosine'.")
+        if update not in ("gradient", "ema"):
+            raise ValueError(f"The codebook's update is {update!r}; it can be 'gradient' or 'ema'.")
+        if update == "ema" and (sim_vq or mode is QuantizeMode.GUMBEL_SOFTMAX):
+            raise ValueError("update = 'ema' averages the inputs of chosen codes: not with SimVQ or Gumbel-softmax.")
         self.embedding = nn.Embedding(codebook_size, dim)
-        self.mode = mode
+        self.out_proj = nn.Sequential(nn.Linear(dim, dim, bias=False)) if sim_vq else None
+        self.mode, self.distance, self.update, self.normalize = mode, distance, update, normalize
         self.commitment_weight = commitment_weight
+        self.plain = (
+            mode in (QuantizeMode.STE, QuantizeMode.ROTATION_TRICK)
+            and (distance, update) == ("l2", "gradient")
+            and not (sim_vq or normalize)
+        )
+        if update == "ema":
+            self.embedding.weight.requires_grad_(False)
+            self.register_buffer("ema_count", torch.ones(codebook_size))
+            self.register_buffer("ema_sum", torch.zeros(codebook_size, dim))
 
     @property
     def codebook(self) -> Tensor:
         """[V, D]."""
-        return self.embedding.weight
+        codes = self.embedding.weight
+        if self.out_proj is not None:
+            with torch.autocast(codes.device.type, enabled=False):
+                codes = self.out_proj(codes)
+        return F.normalize(codes, dim=-1) if self.normalize else codes
+
+    @torch.no_grad()
+    def set_codebook(self, codes: Tensor) -> None:
+        """codes [V, D]; SimVQ's map becomes the identity, moving averages start anew."""
+        self.embedding.weight.copy_(codes)
+        if self.out_proj is not None:
+            nn.init.eye_(self.out_proj[0].weight)
+        if self.update == "ema":
+            self.ema_count.fill_(1.0)
+            self.ema_sum.copy_(codes)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, generator: torch.Generator) -> None:
+        """Makes the codes the k-means centroids of x [N, D], N >= V; generator: on the device of x."""
+        if self.distance == "l2":
+            return self.set_codebook(kmeans(x, len(self.embedding.weight), generator).centroids)
+        clusters = kmeans(F.normalize(x, dim=-1), len(self.embedding.weight), generator)
+        directions = F.normalize(clusters.centroids, dim=-1)
+        along = (x * directions[clusters.assignment]).sum(-1)
+        counts = torch.bincount(clusters.assignment, minlength=len(directions))
+        lengths = torch.zeros_like(directions[:, 0]).index_add_(0, clusters.assignment, along) / counts.clamp_min(1)
+        self.set_codebook(directions * lengths.clamp_min(1e-6)[:, None])
+
+    def distances(self, x: Tensor, codebook: Tensor) -> Tensor:
+        """Squared, in float32 or float64. Shape: x [B, D], codebook [V, D] -> [B, V]."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, codebook = x.to(dtype), codebook.to(dtype)
+        if self.distance == "cosine":
+            x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
+        return squared_distances(x, codebook)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """Code with the smallest Euclidean distance; of equal ones the first. Shape: [B, D] -> [B] int64."""
-        return squared_distances(x.float(), self.codebook.float()).argmin(-1)
+        """The nearest code; of equally near ones the first. Shape: [B, D] -> [B] int64."""
+        return first_smallest(self.distances(x.detach(), self.codebook.detach()))
 
     def forward(self, x: Tensor, temperature: float = 1.0) -> Quantized:
         """x [B, D]. Outside training every mode returns the nearest code's vector.
 
         temperature: of the Gumbel-softmax; the other modes don't read it.
         """
-        ids = self.nearest(x.detach())
-        hard = self.embedding(ids)  # [B, D]
-        if not self.training:
-            return Quantized(ids, hard, quantize_loss(x, hard, self.commitment_weight))
-        if self.mode is QuantizeMode.GUMBEL_SOFTMAX:
-            logits = -squared_distances(x.float(), self.codebook.float())
-            with torch.autocast(x.device.type, enabled=False):
-                soft = F.gumbel_softmax(logits, tau=temperature) @ self.codebook.float()
-            return Quantized(ids, soft.to(x.dtype), quantize_loss(x, soft, self.commitment_weight))
+        codebook = self.codebook
+        distances = self.distances(x, codebook)
+        if self.training and self.mode is QuantizeMode.SINKHORN:
+            ids = sinkhorn(distances.detach()).argmax(-1)
+        else:
+            ids = distances.detach().argmin(-1) if self.training else first_smallest(distances.detach())
+        hard = F.embedding(ids, codebook)  # [B, D]
         loss = quantize_loss(x, hard, self.commitment_weight)
+        if not self.training:
+            return Quantized(ids, hard, loss)
+        if self.update == "ema":
+            self._average(x.detach().float(), ids)
+        if self.mode is QuantizeMode.GUMBEL_SOFTMAX:
+            with torch.autocast(x.device.type, enabled=False):
+                soft = F.gumbel_softmax(-distances, tau=temperature) @ codebook.to(distances.dtype)
+            return Quantized(ids, soft.to(x.dtype), quantize_loss(x, soft, self.commitment_weight))
         if self.mode is QuantizeMode.ROTATION_TRICK:
             return Quantized(ids, rotation_trick(x, hard), loss)
         return Quantized(ids, hard.detach() + (x - x.detach()), loss)
+
+    @torch.no_grad()
+    def _average(self, x: Tensor, ids: Tensor) -> None:
+        counts = torch.zeros_like(self.ema_count).index_add_(0, ids, torch.ones_like(x[:, 0]))
+        sums = torch.zeros_like(self.ema_sum).index_add_(0, ids, x)
+        if dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.ema_count.lerp_(counts, 1 - EMA_DECAY)
+        self.ema_sum.lerp_(sums, 1 - EMA_DECAY)
+        alive = (self.ema_count > 1e-3)[:, None]
+        means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
+        self.embedding.weight.copy_(torch.where(alive, means, self.embedding.weight))

@@ -1,20 +1,28 @@
 """RQ-VAE: an autoencoder whose latent vector is a sum of one code per level (Lee et al. 2022; Rajput et al. 2023)."""
 
+import copy
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import gin
 import torch
 from torch import Tensor, nn
 
+from data.files import write_file
 from modules.encoder import MLP
-from modules.kmeans import kmeans
+from modules.legacy import is_legacy, legacy_arguments, read_checkpoint
 from modules.loss import reconstruction_loss
 from modules.normalize import Standardize
-from modules.pretrained import load_pretrained, save_pretrained
+from modules.pretrained import load_pretrained, push_folder, resolve, save_pretrained
 from modules.quantize import Quantize, QuantizeMode
+from modules.tokenizer.card import model_card
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -53,49 +61,72 @@ class RqVae(nn.Module):
     input_dim: columns of the features; hidden_dims: of the encoder, mirrored in the decoder; embed_dim: of the
     latent and of every codebook vector; codebook_size: vectors a level; n_layers: levels L.
     n_cat_features: how many trailing columns are multi-hot categories, reconstructed as logits.
+    hidden_dims None: no autoencoder; the codes are those of residual k-means of the features.
+    codebook_mode, codebook_distance, codebook_update, codebook_sim_vq: see `modules.quantize.Quantize`.
+    codebook_normalize: latents and first-level codes of length 1.
     standardize: "column" (each column to mean 0 and deviation 1), "global" (each column to mean 0, one
     deviation for all) or "none"; the constants are fitted by `initialize` and stored with the weights.
+    normalize_output: the decoder's output has length 1. separate_collisions:
+    items of a catalogue that share all codes are told apart by `modules.tokenizer.catalogue.catalogue_codes`.
     """
 
     def __init__(
         self,
         input_dim: int,
         embed_dim: int = 32,
-        hidden_dims: tuple[int, ...] = (512, 256, 128),
+        hidden_dims: tuple[int, ...] | None = (512, 256, 128),
         codebook_size: int = 256,
         n_layers: int = 3,
         n_cat_features: int = 0,
         codebook_mode: QuantizeMode = QuantizeMode.ROTATION_TRICK,
         codebook_kmeans_init: bool = True,
+        codebook_distance: str = "l2",
+        codebook_update: str = "gradient",
+        codebook_sim_vq: bool = False,
+        codebook_normalize: bool = False,
         commitment_weight: float = 0.25,
         standardize: str = "global",
         activation: str = "silu",
+        normalize_output: bool = False,
+        separate_collisions: bool = True,
     ) -> None:
         super().__init__()
         if standardize not in ("column", "global", "none"):
             raise ValueError(f"RqVae.standardize is {standardize!r}; it can be 'column', 'global' or 'none'.")
         if not 0 <= n_cat_features < input_dim:
             raise ValueError(f"RqVae.n_cat_features is {n_cat_features}; the input has {input_dim} columns.")
+        embed_dim = input_dim if hidden_dims is None else embed_dim
         self.config = {
             "input_dim": input_dim,
             "embed_dim": embed_dim,
-            "hidden_dims": list(hidden_dims),
+            "hidden_dims": None if hidden_dims is None else list(hidden_dims),
             "codebook_size": codebook_size,
             "n_layers": n_layers,
             "n_cat_features": n_cat_features,
             "codebook_mode": codebook_mode.value,
             "codebook_kmeans_init": codebook_kmeans_init,
+            "codebook_distance": codebook_distance,
+            "codebook_update": codebook_update,
+            "codebook_sim_vq": codebook_sim_vq,
+            "codebook_normalize": codebook_normalize,
             "commitment_weight": commitment_weight,
             "standardize": standardize,
             "activation": activation,
+            "normalize_output": normalize_output,
+            "separate_collisions": separate_collisions,
         }
         self.n_cat_features = n_cat_features
-        dims = [input_dim, *hidden_dims, embed_dim]
         self.standardize = Standardize(input_dim - n_cat_features) if standardize != "none" else None
-        self.encoder = MLP(dims, activation)
-        self.decoder = MLP(dims[::-1], activation)
+        if hidden_dims is None:
+            self.encoder, self.decoder = nn.Identity(), nn.Identity()
+        else:
+            dims = [input_dim, *hidden_dims, embed_dim]
+            self.encoder = MLP(dims, activation, normalize=codebook_normalize)
+            self.decoder = MLP(dims[::-1], activation, normalize=normalize_output)
+        codebook = (codebook_distance, codebook_update, codebook_sim_vq)
         self.layers = nn.ModuleList(
-            Quantize(embed_dim, codebook_size, codebook_mode, commitment_weight) for _ in range(n_layers)
+            Quantize(embed_dim, codebook_size, codebook_mode, commitment_weight, *codebook, normalize)
+            for normalize in [codebook_normalize] + [False] * (n_layers - 1)
         )
         self._init_weights()
 
@@ -126,9 +157,8 @@ class RqVae(nn.Module):
         """
         residual = self.encode(x)
         for layer in self.layers:
-            clusters = kmeans(residual, self.config["codebook_size"], generator)
-            layer.codebook.copy_(clusters.centroids)
-            residual = residual - clusters.centroids[clusters.assignment]
+            layer.fit(residual, generator)
+            residual = residual - layer.codebook[layer.nearest(residual)]
 
     def normalized(self, x: Tensor) -> Tensor:
         """Features as the autoencoder sees them, categories untouched. Shape: [B, input_dim] both."""
@@ -142,13 +172,12 @@ class RqVae(nn.Module):
         return self.encoder(self.normalized(x))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """[B, embed_dim] -> [B, input_dim] in the units of the input; categories as probabilities."""
+        """[B, embed_dim] -> [B, input_dim] in the units of the input; categories as logits."""
         decoded = self.decoder(latent)
-        split = decoded.shape[1] - self.n_cat_features
-        values, logits = decoded[:, :split], decoded[:, split:]
-        if self.standardize is not None:
-            values = self.standardize.inverse(values)
-        return torch.cat([values, logits.sigmoid()], dim=1)
+        if self.standardize is None:
+            return decoded
+        split = len(self.standardize.mean)
+        return torch.cat([self.standardize.inverse(decoded[:, :split]), decoded[:, split:]], dim=1)
 
     def quantize(self, latent: Tensor, temperature: float = 1.0) -> SemanticIdOutput:
         """latent [B, D]: each level codes what the levels before it left."""
@@ -164,50 +193,118 @@ class RqVae(nn.Module):
         return SemanticIdOutput(torch.stack(embeddings, -1), torch.stack(residuals, -1), torch.stack(sem_ids, -1), loss)
 
     def get_semantic_ids(self, x: Tensor, temperature: float = 1.0) -> SemanticIdOutput:
-        """x: features [B, input_dim]."""
-        return self.quantize(self.encode(x), temperature)
+        """x: features [B, input_dim]. In the precision of the weights, under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.quantize(self.encode(x), temperature)
 
     def forward(self, x: Tensor, temperature: float = 1.0) -> RqVaeLosses:
         """x: features [B, input_dim]. loss = reconstruction + quantization (Rajput et al. 2023, section 3.1)."""
         x = self.normalized(x)
-        codes = self.quantize(self.encoder(x), temperature)
-        predicted = self.decoder(codes.embeddings.sum(-1))
-        reconstruction = reconstruction_loss(predicted, x, self.n_cat_features).mean()
-        quantization = codes.quantize_loss.mean()
-        return RqVaeLosses(reconstruction + quantization, reconstruction, quantization, codes.sem_ids)
+        latent = self.encoder(x)
+        if self.training and latent.is_cuda and self.fusible:
+            total, sem_ids, quantize_loss = self._fused(latent)
+        else:
+            codes = self.quantize(latent, temperature)
+            total, sem_ids, quantize_loss = codes.embeddings.sum(-1), codes.sem_ids, codes.quantize_loss
+        reconstruction = reconstruction_loss(self.decoder(total), x, self.n_cat_features).mean()
+        quantization = quantize_loss.mean()
+        return RqVaeLosses(reconstruction + quantization, reconstruction, quantization, sem_ids)
+
+    @property
+    def fusible(self) -> bool:
+        """Whether the levels are plain enough for one kernel: nearest code by distance, learned by gradients."""
+        return HAS_TRITON and self.config["embed_dim"] <= 256 and all(layer.plain for layer in self.layers)
+
+    def _fused(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from ops.triton.quantize import residual_quantize
+
+        books = torch.stack([layer.embedding.weight for layer in self.layers]).float()
+        rotate = self.layers[0].mode is QuantizeMode.ROTATION_TRICK
+        return residual_quantize(latent.float().contiguous(), books, self.config["commitment_weight"], rotate)
+
+    def codes(self, x: Tensor, batch_size: int = 65536) -> Tensor:
+        """The nearest codes of N items, chunk by chunk, in inference mode.
+
+        Computed in float64, with ties going to the lower code: the same weights give the same codes on every device
+        and under every precision of training. Shape: x [N, input_dim] -> [N, L] int64, on the CPU.
+        """
+        return torch.cat([out.sem_ids.cpu() for out in self.exact(x, batch_size)])
 
     @torch.no_grad()
-    def codes(self, x: Tensor, batch_size: int = 65536) -> Tensor:
-        """Codes of a whole catalogue, chunk by chunk, in inference mode.
+    def exact(self, x: Tensor, batch_size: int, items: Tensor | None = None) -> Iterator[SemanticIdOutput]:
+        """What `codes` reads: x [N, input_dim], or its rows `items` [M], quantized chunk by chunk in float64."""
+        exact = copy.deepcopy(self).double().eval()
+        if self.device.type == "mps":  # has no float64
+            exact = exact.cpu()
+        n = len(x) if items is None else len(items)
 
-        Shape: x [N, input_dim] -> [N, L] int64, on the CPU.
-        """
-        with _inference(self):
-            return torch.cat([self.get_semantic_ids(chunk).sem_ids.cpu() for chunk in self._chunks(x, batch_size)])
+        def read(start: int) -> Tensor:
+            rows = slice(start, start + batch_size)
+            chunk = x[rows] if items is None else x[items[rows].to(x.device)]
+            pinned = exact.device.type == "cuda" and not chunk.is_cuda
+            return (chunk.pin_memory() if pinned else chunk).to(exact.device, non_blocking=pinned)
+
+        with ThreadPoolExecutor(1) as reader:  # x may be a file: the next chunk is read while this one is computed
+            ahead = reader.submit(read, 0)
+            for start in range(0, n, batch_size):
+                chunk = ahead.result()
+                if start + batch_size < n:
+                    ahead = reader.submit(read, start + batch_size)
+                yield exact.get_semantic_ids(chunk.double())
 
     @torch.no_grad()
     def losses(self, x: Tensor, batch_size: int = 65536) -> dict[str, float]:
         """Mean losses over a whole catalogue x [N, input_dim], in inference mode."""
         totals = torch.zeros(3, dtype=torch.float64)
         with _inference(self):
-            for chunk in self._chunks(x, batch_size):
-                out = self(chunk)
+            for chunk in x.split(batch_size):
+                out = self(chunk.to(self.device))
                 parts = torch.stack([out.loss, out.reconstruction_loss, out.quantize_loss])
                 totals += parts.double().cpu() * len(chunk) / len(x)
         return dict(zip(("loss", "reconstruction_loss", "quantize_loss"), totals.tolist(), strict=True))
 
-    def _chunks(self, x: Tensor, batch_size: int) -> Iterator[Tensor]:
-        return (chunk.to(self.layers[0].codebook.device) for chunk in x.split(batch_size))
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].embedding.weight.device
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into the folder."""
         save_pretrained(self, self.config, folder)
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> "RqVae":
-        """Reads what `save_pretrained` wrote, in evaluation mode; see `modules.pretrained.load_pretrained`."""
-        config, weights = load_pretrained(folder)
-        config["codebook_mode"] = QuantizeMode(config["codebook_mode"])
-        model = RqVae(**config)
-        model.load_state_dict(weights)
+    def from_pretrained(
+        path: str | Path, activation: str | None = None, revision: str | None = None, allow_pickle: bool = False
+    ) -> "RqVae":
+        """A tokenizer in evaluation mode.
+
+        path: a folder that `save_pretrained` wrote, a Hub id (`owner/name`, at `revision`), or a folder, Hub id or
+        `.pt` checkpoint of the original project. activation: "silu" or "relu", for the latter, whose files don't
+        tell; None takes "silu" and says so. allow_pickle: run the code in a `.pt` file; off, only tensors,
+        numbers and the original's mode are read from it.
+
+        Raises FileNotFoundError where there is nothing or a file is missing, ValueError where one is damaged,
+        ConnectionError where the Hub can't be reached and holds no cached copy.
+        """
+        path = resolve(path, revision)
+        config, weights = read_checkpoint(path, allow_pickle) if path.is_file() else load_pretrained(path)
+        if is_legacy(config):
+            config = legacy_arguments(config, activation)
+        elif activation not in (None, config["activation"]):
+            raise ValueError(f"The tokenizer in {path} was trained with {config['activation']!r}, not {activation!r}.")
+        try:
+            config["codebook_mode"] = QuantizeMode(config["codebook_mode"])
+            model = RqVae(**config)
+            model.load_state_dict(weights)
+        except (TypeError, KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The config and the weights in {path} do not make a tokenizer: {error}") from error
         return model.eval()
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Uploads config.json, model.safetensors and a card to a Hub repository, made if need be; returns its address.
+
+        A whole tokenizer folder, semantic IDs and all, goes up with `modules.pretrained.push_folder`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            write_file(Path(folder) / "README.md", model_card(self.config).encode())
+            return push_folder(folder, repo_id, private)

@@ -70,6 +70,7 @@ def bindings(folder: Path, script: str, *extra: str) -> list[str]:
             "RqVae.n_layers = 2",
             "RqVae.embed_dim = 8",
             "RqVae.hidden_dims = (16,)",
+            "RqVae.separate_collisions = False",
         ],
         "decoder": [
             f'train.pretrained_rqvae_path = "{folder}/out/rqvae"',

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from data.processed import RecDataset, load_corpus
+from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae
+from modules.tokenizer.catalogue import catalogue_codes
 from modules.tokenizer.semids import SemanticIds
+from tests.hub import Hub
 from tests.pipeline import launch, lines, run, write_raw
 
 
@@ -21,8 +24,9 @@ def test_the_run_folder_keeps_the_contract(trained):
         "tokenizer",
     }
     files = {path.name for path in (root / "tokenizer").iterdir()}
-    assert files == {"config.json", "model.safetensors", "semantic_ids.safetensors"}
-    assert {path.name for path in (root / "plots").iterdir()} == {"losses.png", "usage.png"}
+    assert files == {"config.json", "model.safetensors", "semantic_ids.safetensors", "README.md"}
+    plots = {"losses.png", "usage.png", "code_frequency.png", "categories.png"}
+    assert {path.name for path in (root / "plots").iterdir()} == plots
     assert (root / "checkpoints" / "LAST").read_text().strip() == "step_00000060"
     assert "RqVae.codebook_size = 6" in (root / "config.gin").read_text()
     metrics = json.loads((root / "metrics.json").read_text())
@@ -38,24 +42,76 @@ def test_semantic_ids_are_the_models_codes_and_unique(trained):
     features = [path for path in (trained / "features" / "amazon_beauty").iterdir() if path.suffix == ".npy"]
     assert len(features) == 1
     x = torch.from_numpy(np.load(features[0]))
-    assert torch.equal(model.codes(x), semantic_ids.codes[:, :-1])
+    assert torch.equal(catalogue_codes(model, x), semantic_ids.codes[:, :-1])
     assert len(set(map(tuple, semantic_ids.codes.tolist()))) == semantic_ids.n_items == 30
     corpus = load_corpus(RecDataset.AMAZON, str(trained), "beauty")
     assert semantic_ids.item_keys == corpus.item_keys
     semantic_ids.check_corpus(corpus.name, corpus.hash)
 
 
-@pytest.mark.parametrize("mode", ["STE", "ROTATION_TRICK", "GUMBEL_SOFTMAX"])
-def test_every_mode_trains_and_leaves_no_code_unused(trained, tmp_path, mode):
-    metrics = run(
-        trained,
-        "rqvae",
-        f"RqVae.codebook_mode = %modules.quantize.QuantizeMode.{mode}",
-        f'train.save_dir_root = "{tmp_path}"',
-    )
-    losses = [row["loss"] for row in lines(tmp_path / "metrics.jsonl") if row["split"] == "train"]
+@pytest.mark.parametrize(
+    "binding",
+    [f"codebook_mode = %modules.quantize.QuantizeMode.{mode.name}" for mode in QuantizeMode]
+    + ['codebook_distance = "cosine"', "codebook_sim_vq = True", 'codebook_update = "ema"'],
+)
+def test_every_mode_trains_and_leaves_no_code_unused(trained, tmp_path, binding):
+    extra = ["RqVae.codebook_mode = %modules.quantize.QuantizeMode.STE"] if "ema" in binding else []
+    metrics = run(trained, "rqvae", *extra, f"RqVae.{binding}", f'train.save_dir_root = "{tmp_path}"')
+    losses = [row["loss"] for row in lines(tmp_path / "metrics.jsonl") if row["split"] == "catalogue"]
     assert losses[-1] < losses[0]
     assert metrics["usage_1"] == 1.0
+
+
+def test_residual_kmeans_needs_no_training(trained, tmp_path):
+    metrics = run(
+        trained, "rqvae", "RqVae.hidden_dims = None", "train.iterations = 0", f'train.save_dir_root = "{tmp_path}"'
+    )
+    assert metrics["usage_1"] == metrics["usage_2"] == 1.0
+    assert SemanticIds.load(tmp_path).n_items == 30
+
+
+def test_a_collapsed_tokenizer_is_an_error_or_by_config_a_warning(trained, tmp_path, capsys):
+    root = f'train.save_dir_root = "{tmp_path}"'
+    collapsed = ["train.refit_every = 0", "RqVae.codebook_kmeans_init = False", "train.iterations = 3", root]
+    with pytest.raises(ValueError, match=r"Codebook collapse: level . uses .*% of its codes.*train.min_usage = 95%"):
+        run(trained, "rqvae", *collapsed, "train.min_usage = 0.95")
+    shutil.rmtree(tmp_path)
+    run(trained, "rqvae", *collapsed, "train.min_usage = 0.95", "train.collapse_is_error = False")
+    assert "Warning: Codebook collapse" in capsys.readouterr().out
+    shutil.rmtree(tmp_path)
+    run(trained, "rqvae", *collapsed, "train.min_usage = 0.0")
+    assert "Verdict: healthy" in capsys.readouterr().out
+
+
+def test_the_tokenizer_is_uploaded_and_the_decoder_takes_its_hub_id(trained, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    hub = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    try:
+        root = f'train.save_dir_root = "{tmp_path}/run"'
+        run(trained, "rqvae", "train.push_vae_to_hf = True", 'train.vae_hf_model_name = "owner/beauty"', root)
+        assert "amazon_beauty (30 items)" in hub.repositories["owner/beauty"]["main"]["README.md"].decode()
+        ids = SemanticIds.load("owner/beauty")
+        assert torch.equal(ids.codes, SemanticIds.load(tmp_path / "run").codes)
+        stage_2 = ["train.iterations = 2", "train.full_eval_every = 2", 'train.pretrained_rqvae_path = "owner/beauty"']
+        run(trained, "decoder", *stage_2, f'train.save_dir_root = "{tmp_path}/decoder"')
+        again = [*stage_2, "train.features = [@TfidfSvd()]", "TfidfSvd.dim = 8"]
+        run(trained, "decoder", *again, f'train.save_dir_root = "{tmp_path}/computed"')
+        states = [tmp_path / name / "checkpoints" / "step_00000002" / "state.json" for name in ("decoder", "computed")]
+        assert len({json.loads(state.read_text())["config"]["semantic_ids"] for state in states}) == 1
+        with pytest.raises(ValueError, match="reads 8 features an item, train.features .* gives 5"):
+            run(trained, "decoder", *again, "TfidfSvd.dim = 5", f'train.save_dir_root = "{tmp_path}/other"')
+    finally:
+        hub.close()
+
+
+def test_an_upload_needs_a_name(trained):
+    with pytest.raises(ValueError, match="needs train.vae_hf_model_name"):
+        run(trained, "rqvae", "train.push_vae_to_hf = True")
 
 
 def test_categories_become_trailing_features(trained, tmp_path):

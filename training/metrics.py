@@ -1,7 +1,10 @@
 """Metrics of retrieval and of codebooks."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from modules.tokenizer.separate import number_groups
 
 
 def target_rank(items: Tensor, target: Tensor) -> Tensor:
@@ -45,8 +48,9 @@ class RankingMetrics:
 
 
 def codebook_usage(codes: Tensor, codebook_size: int) -> dict[str, float]:
-    """Per level l (1-based): share of codes in use, and the entropy in bits of how often each is used.
+    """Per level l (1-based): share of codes in use, and the perplexity of how often each is used.
 
+    Perplexity is exp(entropy): V where all V codes are used equally often, 1 where all items have one code.
     codes: [N, L].
     """
     result = {}
@@ -54,11 +58,36 @@ def codebook_usage(codes: Tensor, codebook_size: int) -> dict[str, float]:
         counts = torch.bincount(codes[:, level].cpu(), minlength=codebook_size).double()
         p = counts / counts.sum()
         result[f"usage_{level + 1}"] = float((counts > 0).double().mean())
-        result[f"entropy_{level + 1}"] = float(-torch.xlogy(p, p).sum() / torch.tensor(2.0).log())
+        result[f"perplexity_{level + 1}"] = float(torch.exp(-torch.xlogy(p, p).sum()))
     return result
 
 
-def collision_rate(codes: Tensor) -> float:
-    """Share of items whose codes [N, L] another item has too."""
-    _, inverse, counts = torch.unique(codes, dim=0, return_inverse=True, return_counts=True)
-    return float((counts[inverse] > 1).double().mean())
+def collisions(codes: Tensor) -> dict[str, float]:
+    """unique_share: of items whose codes no other has; largest_group: most items with the same codes. codes: [N, L]."""
+    group = number_groups(codes)
+    counts = torch.bincount(group)
+    return {"unique_share": float((counts == 1).sum() / len(codes)), "largest_group": int(counts.max())}
+
+
+@torch.no_grad()
+def neighbour_agreement(codes: Tensor, x: Tensor, k: int = 10, n_queries: int = 1000) -> dict[str, float]:
+    """neighbours_sharing_l: of each item's k nearest by cosine, the share with its first l codes.
+
+    Over `n_queries` items spread evenly over the catalogue. Shape: codes [N, L], x [N, D], N > 1.
+    """
+    k = min(k, len(x) - 1)
+    queries = torch.arange(0, len(x), max(1, len(x) // n_queries), device=x.device)[:n_queries]
+    similarity = torch.full((len(queries), k), -2.0, device=x.device)
+    nearest = torch.zeros_like(similarity, dtype=torch.int64)
+    wanted = F.normalize(x[queries].float(), dim=1)
+    for start in range(0, len(x), 65536):
+        rows = F.normalize(x[start : start + 65536].float(), dim=1)
+        found = wanted @ rows.T
+        number = torch.arange(start, start + len(rows), device=x.device).expand_as(found)
+        found = found.masked_fill(number == queries[:, None], -2.0)
+        pool = torch.cat([similarity, found], 1)
+        similarity, best = pool.topk(k, dim=1)
+        nearest = torch.cat([nearest, number], 1).gather(1, best)
+    codes = codes.to(x.device)
+    same = (codes[nearest] == codes[queries][:, None]).cumprod(-1).double().mean((0, 1))  # [L]
+    return {f"neighbours_sharing_{level + 1}": float(share) for level, share in enumerate(same)}

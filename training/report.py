@@ -53,6 +53,31 @@ def table(title: str, metrics: dict[str, float], folder: Path, show: bool) -> No
     print(f"Run folder: {folder}")
 
 
+def verdict(metrics: dict[str, float], min_usage: float, is_error: bool, show: bool) -> None:
+    """Says whether the codebooks are in use, from `usage_<level>` and `id_unique_share`.
+
+    ValueError where a level uses less than min_usage of its codes; a warning instead if not is_error.
+    """
+    usage = {name.split("_")[1]: value for name, value in metrics.items() if name.startswith("usage_")}
+    low = {level: value for level, value in usage.items() if value < min_usage}
+    if not low:
+        if show:
+            least = min(usage.values())
+            print(f"Verdict: healthy; every level uses {least:.1%} of its codes or more, ", end="")
+            print(f"{metrics['id_unique_share']:.1%} of the items are unique without the extra level.")
+        return
+    levels = ", ".join(f"level {level} uses {value:.1%} of its codes" for level, value in low.items())
+    message = (
+        f"Codebook collapse: {levels}, less than train.min_usage = {min_usage:.0%}. Refit the codebooks more often "
+        "(train.refit_every), lower train.learning_rate or take fewer codes (RqVae.codebook_size); to keep this "
+        "tokenizer as it is, set train.collapse_is_error = False."
+    )
+    if is_error:
+        raise ValueError(message)
+    if show:
+        print(f"Warning: {message}")
+
+
 def retrieval_table(metrics: dict[str, float], split: str, excluded: bool, folder: Path, show: bool) -> None:
     """One row each for the model and the baselines, a column for each metric; `excluded`: consumed items are."""
     if not show:

@@ -29,6 +29,10 @@ FREE = {
     "wandb_project",
     "dataset_folder",
     "force_dataset_process",
+    "min_usage",
+    "collapse_is_error",
+    "push_vae_to_hf",
+    "vae_hf_model_name",
 }
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from data.files import write_file
 from data.strings import pack_strings, unpack_strings
+from modules.pretrained import resolve
 
 FORMAT = "semantic-ids-1"
+IDS = "semantic_ids.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ class SemanticIds:
         write_file(Path(path), save(tensors, metadata))
 
     @staticmethod
-    def load(path: str | Path) -> "SemanticIds":
-        """path: the file, or a tokenizer or run folder that holds it.
+    def load(path: str | Path, revision: str | None = None) -> "SemanticIds":
+        """path: the file, a tokenizer or run folder that holds it, or a Hub id (`owner/name`) at `revision`.
 
         FileNotFoundError where there is none, ValueError where it is damaged; both name the path.
         """
-        file = _find(Path(path))
+        file = _find(path, revision)
         try:
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
@@ -124,17 +126,20 @@ def _digest(codes: Tensor) -> str:
     return hashlib.sha256(codes.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
 
 
-def _find(path: Path) -> Path:
-    candidates = [path] if path.is_file() else [path / name for name in ("", "tokenizer")]
-    for candidate in candidates:
-        file = candidate if candidate.is_file() else candidate / "semantic_ids.safetensors"
+def _find(path: str | Path, revision: str | None) -> Path:
+    missing = (
+        f"No semantic IDs at '{path}': expected a file, a folder with {IDS} or tokenizer/{IDS}, or a Hub "
+        "repository (owner/name) with it. Train a tokenizer first (train_rqvae.py), correct "
+        "train.pretrained_rqvae_path, or set train.features to what the tokenizer there reads."
+    )
+    try:
+        local = resolve(path, revision, (IDS,))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{missing} {error}") from error
+    for file in (local, local / IDS, local / "tokenizer" / IDS):
         if file.is_file():
             return file
-    raise FileNotFoundError(
-        f"No semantic IDs at '{path}': expected a file, or a folder with semantic_ids.safetensors or "
-        "tokenizer/semantic_ids.safetensors. Train a tokenizer first (train_rqvae.py) or correct "
-        "train.pretrained_rqvae_path."
-    )
+    raise FileNotFoundError(missing)
 
 
 def rank_within_equal(codes: Tensor) -> Tensor:

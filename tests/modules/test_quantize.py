@@ -1,12 +1,15 @@
 """Gradients through the choice of a code: against Householder reflections, and by hand."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics.pairwise import cosine_distances
 from torch import Tensor
 
-from modules.quantize import Quantize, QuantizeMode, rotation_trick
+from modules.quantize import EMA_DECAY, Quantize, QuantizeMode, first_smallest, rotation_trick, sinkhorn
 
 MODES = list(QuantizeMode)
 
@@ -81,9 +84,9 @@ def test_equal_vectors_are_not_turned():
     torch.testing.assert_close(grad, weights)
 
 
-def make(mode: QuantizeMode, size: int = 7, dim: int = 4, seed: int = 0) -> tuple[Quantize, Tensor]:
+def make(mode: QuantizeMode, size: int = 7, dim: int = 4, seed: int = 0, **options) -> tuple[Quantize, Tensor]:
     torch.manual_seed(seed)
-    return Quantize(dim, size, mode, commitment_weight=0.25), torch.randn(20, dim, requires_grad=True)
+    return Quantize(dim, size, mode, commitment_weight=0.25, **options), torch.randn(20, dim, requires_grad=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -91,7 +94,7 @@ def make(mode: QuantizeMode, size: int = 7, dim: int = 4, seed: int = 0) -> tupl
 def test_the_id_is_that_of_the_nearest_code(mode, size):
     layer, x = make(mode, size)
     expected = [int(((row - layer.codebook) ** 2).sum(1).argmin()) for row in x.detach().double()]
-    for training in (True, False):
+    for training in {mode is not QuantizeMode.SINKHORN, False}:
         assert layer.train(training)(x).ids.tolist() == expected
     out = layer.eval()(x)
     assert torch.equal(out.embeddings, layer.codebook[expected])
@@ -169,3 +172,88 @@ def test_gumbel_passes_gradients_to_the_input_and_all_codes():
     layer, x = make(QuantizeMode.GUMBEL_SOFTMAX)
     grads = torch.autograd.grad(layer(x, temperature=5.0).embeddings.square().sum(), (x, layer.codebook))
     assert all(bool(grad.isfinite().all()) and bool(grad.any(-1).all()) for grad in grads)
+
+
+def test_cosine_takes_the_code_of_the_nearest_direction():
+    layer, x = make(QuantizeMode.STE, size=16, distance="cosine")
+    expected = cosine_distances(x.detach().numpy(), layer.codebook.detach().numpy()).argmin(1)
+    assert layer(x).ids.tolist() == layer.eval()(x).ids.tolist() == expected.tolist()
+    layer.fit(3 * torch.randn(400, 4), torch.Generator().manual_seed(0))
+    x = 3 * torch.randn(400, 4, generator=torch.Generator().manual_seed(1))
+    ids = layer.nearest(x)
+    assert len(ids.unique()) == 16, "the fitted codes are all in use"
+    assert float((x - layer.codebook[ids]).detach().square().sum()) < float(x.square().sum()) / 2
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 1000))
+def test_sinkhorn_shares_the_codes_out_evenly_at_the_least_cost(codes, share, seed):
+    """As the regularization falls the plan is the assignment that the Hungarian method finds."""
+    costs = torch.rand(codes * share, codes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    plan = sinkhorn(costs, epsilon=0.002, iterations=3000)
+    torch.testing.assert_close(plan.sum(1), torch.ones(codes * share, dtype=torch.float64))
+    torch.testing.assert_close(plan.sum(0), torch.full((codes,), float(share), dtype=torch.float64), atol=0.05, rtol=0)
+    rows, columns = linear_sum_assignment(np.repeat(costs.numpy(), share, axis=1))
+    best = costs.numpy()[rows, columns // share].sum()
+    assert float((plan * costs).sum()) == pytest.approx(best, abs=0.02 * codes * share)
+
+
+def test_sinkhorn_uses_codes_that_are_nobodys_nearest():
+    layer, _ = make(QuantizeMode.SINKHORN, size=8)
+    x = 0.1 * torch.randn(64, 4) + layer.codebook[3].detach()
+    assert len(layer.nearest(x).unique()) == 1
+    counts = torch.bincount(layer(x).ids, minlength=8)
+    assert int(counts.min()) > 0 and int(counts.max()) < 32
+
+
+def test_averaged_codes_are_the_moving_means_of_their_inputs():
+    layer, x = make(QuantizeMode.STE, update="ema")
+    start = layer.codebook.clone()
+    layer.set_codebook(start)
+    counts, sums = np.ones(7), start.double().numpy()
+    for _ in range(3):
+        ids = layer.nearest(x).numpy()
+        one_hot = np.eye(7)[ids]
+        counts = EMA_DECAY * counts + (1 - EMA_DECAY) * one_hot.sum(0)
+        sums = EMA_DECAY * sums + (1 - EMA_DECAY) * one_hot.T @ x.detach().double().numpy()
+        out = layer(x)
+        np.testing.assert_allclose(layer.codebook, sums / counts[:, None], atol=1e-5)
+    (grad,) = torch.autograd.grad(out.loss.sum(), x, allow_unused=True)
+    assert bool(grad.any()) and not layer.embedding.weight.requires_grad
+
+
+def test_simvq_moves_all_codes_through_its_map():
+    layer, x = make(QuantizeMode.STE, sim_vq=True)
+    torch.testing.assert_close(layer.codebook, layer.embedding.weight @ layer.out_proj[0].weight.T)
+    before = layer.codebook.detach().clone()
+    layer(x[:1]).loss.sum().backward()
+    with torch.no_grad():
+        layer.out_proj[0].weight -= 0.1 * layer.out_proj[0].weight.grad
+    assert bool((layer.codebook != before).any(1).all()), "one input moves every code"
+    codes = torch.randn(7, 4)
+    layer.set_codebook(codes)
+    assert torch.equal(layer.codebook, codes)
+
+
+def test_normalized_codes_have_length_one():
+    layer, _ = make(QuantizeMode.STE, normalize=True)
+    torch.testing.assert_close(layer.codebook.norm(dim=1), torch.ones(7))
+
+
+def test_values_apart_by_rounding_are_ties_that_the_first_wins():
+    rows = torch.tensor([[3.0, 1.0 + 1e-14, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [5.0, 4.0, 4.1, 9.0]], dtype=torch.float64)
+    assert first_smallest(rows).tolist() == [1, 0, 1]
+    assert first_smallest(rows[:, [0, 2, 1, 3]].float()).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distance": "l1"}, "distance is 'l1'"),
+        ({"update": "adam"}, "update is 'adam'"),
+        ({"update": "ema", "sim_vq": True}, "not with SimVQ"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(QuantizeMode.STE, **options)

@@ -1,5 +1,7 @@
 """The autoencoder against residual quantization in numpy, and its artifact."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,13 @@ from modules.rqvae import RqVae
 
 DIM, CATEGORIES = 6, 3
 MODES = list(QuantizeMode)
+CODEBOOKS = [
+    {"codebook_distance": "cosine"},
+    {"codebook_update": "ema"},
+    {"codebook_sim_vq": True},
+    {"codebook_normalize": True, "normalize_output": True},
+    {"hidden_dims": None},
+]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -109,8 +118,47 @@ def test_decode_is_in_the_units_of_the_input(standardize):
     scale = {"column": variance.sqrt(), "global": variance.mean().sqrt(), "none": 1.0}[standardize]
     expected = raw[:, :DIM] if standardize == "none" else raw[:, :DIM] * scale + mean
     torch.testing.assert_close(decoded[:, :DIM].double(), expected.double(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(decoded[:, DIM:], 1 / (1 + (-raw[:, DIM:]).exp()))
+    assert torch.equal(decoded[:, DIM:], raw[:, DIM:]), "categories are logits"
     assert torch.equal(model.normalized(x)[:, DIM:], x[:, DIM:]), "categories are left as they are"
+
+
+@pytest.mark.parametrize("options", CODEBOOKS)
+def test_every_kind_of_codebook_is_fitted_and_used(options):
+    model, x = make(**options).eval(), make_x(400)
+    model.initialize(x, seeded(0))
+    for level in model.codes(x).T:
+        assert int(torch.bincount(level, minlength=5).min()) > 0
+    with torch.no_grad():
+        out = model.get_semantic_ids(x)
+    assert float(out.quantize_loss.mean()) < 1.25 * float(out.residuals[..., 0].square().sum(1).mean())
+
+
+def test_without_an_autoencoder_the_codes_are_residual_kmeans_of_the_features():
+    model, x = make(hidden_dims=None, n_cat_features=0, standardize="none").eval(), make_x(400)
+    model.initialize(x, seeded(0))
+    codes, left = residual_codes(x.double().numpy(), codebooks_of(model))
+    assert model.codes(x).tolist() == codes.tolist()
+    decoded = model.decode(model.get_semantic_ids(x).embeddings.sum(-1)).detach()
+    np.testing.assert_allclose(x - decoded, left, atol=1e-5)
+
+
+def test_codes_do_not_depend_on_the_precision_around_them():
+    model, x = make(), make_x(400)
+    model.initialize(x, seeded(0))
+    expected = model.codes(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.codes(x), expected)
+        assert torch.equal(model.eval().get_semantic_ids(x).sem_ids, expected)
+    assert torch.equal(model.codes(x.double()), expected)
+    assert torch.equal(copy.deepcopy(model).double().codes(x), expected)
+
+
+def test_equal_codes_are_told_apart_by_their_number_only():
+    model, x = make(), make_x()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.embedding.weight.copy_(layer.embedding.weight[:1].expand(5, -1))
+    assert not model.codes(x).any()
 
 
 def test_initial_codebooks_are_centroids_of_residuals():
@@ -134,7 +182,7 @@ def test_codebooks_fitted_again_leave_no_code_unused():
     model.initialize(x, seeded(0))
     with torch.no_grad():
         for layer in model.layers:
-            layer.codebook.fill_(100)  # dead, all of them
+            layer.embedding.weight.fill_(100)  # dead, all of them
     model.fit_codebooks(x, seeded(0))
     for level in model.codes(x).T:
         assert int(torch.bincount(level, minlength=5).min()) > 0
@@ -152,7 +200,9 @@ def test_codes_do_not_depend_on_chunks_or_mode(training):
     assert model.training is model.layers[2].training is training
 
 
-@pytest.mark.parametrize("options", [{}, {"standardize": "none", "codebook_mode": QuantizeMode.STE, "n_layers": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"standardize": "none", "codebook_mode": QuantizeMode.STE, "n_layers": 1}, *CODEBOOKS]
+)
 def test_what_is_saved_is_loaded_bit_by_bit(tmp_path, options):
     model, x = make(**options), make_x()
     model.initialize(x, seeded(0))
@@ -180,6 +230,7 @@ def test_a_missing_file_is_named(tmp_path, name):
         ({"n_cat_features": 9}, "RqVae.n_cat_features is 9; the input has 9 columns"),
         ({"n_cat_features": -1}, "RqVae.n_cat_features is -1"),
         ({"activation": "tanh"}, "activation is 'tanh'"),
+        ({"codebook_distance": "l1"}, "distance is 'l1'"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 from sklearn.metrics import ndcg_score
+from sklearn.neighbors import NearestNeighbors
 
-from training.metrics import RankingMetrics, codebook_usage, collision_rate, target_rank
+from training.metrics import RankingMetrics, codebook_usage, collisions, neighbour_agreement, target_rank
 
 N_ITEMS = 12
 rankings_strategy = st.integers(1, N_ITEMS).flatmap(
@@ -92,18 +93,32 @@ codes_strategy = st.integers(1, 3).flatmap(
 
 @settings(deadline=None, max_examples=25)
 @given(codes_strategy, st.integers(5, 8))
-def test_usage_counts_codes_and_entropy_is_that_of_scipy(rows, size):
+def test_usage_counts_codes_and_perplexity_is_that_of_scipy(rows, size):
     usage = codebook_usage(torch.tensor(rows), size)
     assert len(usage) == 2 * len(rows[0])
     for level, column in enumerate(zip(*rows, strict=True), start=1):
         assert usage[f"usage_{level}"] == pytest.approx(len(set(column)) / size)
-        expected = entropy(list(Counter(column).values()), base=2)
-        assert usage[f"entropy_{level}"] == pytest.approx(expected, abs=1e-6)
+        expected = np.exp(entropy(list(Counter(column).values())))
+        assert usage[f"perplexity_{level}"] == pytest.approx(expected, abs=1e-6)
 
 
 @settings(deadline=None, max_examples=25)
 @given(codes_strategy)
-def test_the_collision_rate_counts_items_that_share_their_codes(rows):
+def test_collisions_count_items_that_share_their_codes(rows):
     counts = Counter(rows)
-    expected = sum(counts[row] > 1 for row in rows) / len(rows)
-    assert collision_rate(torch.tensor(rows)) == pytest.approx(expected)
+    found = collisions(torch.tensor(rows))
+    assert found["unique_share"] == pytest.approx(sum(counts[row] == 1 for row in rows) / len(rows))
+    assert found["largest_group"] == max(counts.values())
+
+
+@pytest.mark.parametrize(("n", "queries"), [(40, 100), (40, 7), (5, 100)])
+def test_neighbours_that_share_a_prefix_are_counted_as_by_sklearn(n, queries):
+    x = torch.randn(n, 6)
+    codes = torch.randint(0, 3, (n, 3))
+    k = min(10, n - 1)
+    _, nearest = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(x.numpy()).kneighbors(x.numpy())
+    asked = list(range(0, n, max(1, n // queries)))[:queries]
+    agreement = neighbour_agreement(codes, x, k=10, n_queries=queries)
+    for level in range(1, 4):
+        same = [codes[a, :level].tolist() == codes[b, :level].tolist() for a in asked for b in nearest[a] if a != b]
+        assert agreement[f"neighbours_sharing_{level}"] == pytest.approx(sum(same) / len(same))

@@ -1,0 +1,184 @@
+"""The tokenizer over modes, seeds and data sets; its survival over learning rates and batches; its speed.
+
+    python benchmarks/tokenizer.py table --features beauty=beauty.npy toys=toys.npy --seeds 0 1 2
+    python benchmarks/tokenizer.py grid --features beauty=beauty.npy
+    python benchmarks/tokenizer.py speed
+    python benchmarks/tokenizer.py tokenize --items 1000000 --dim 384 --folder /tmp
+
+Features are [N, D] float32 in .npy files or .safetensors with a tensor "features"; train_rqvae.py caches those of a
+config under <dataset_folder>/features. Prints Markdown; --json FILE appends every run as one line.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data.utils import Shuffler, derive_seed
+from modules.quantize import QuantizeMode
+from modules.rqvae import RqVae
+from modules.tokenizer.catalogue import catalogue_codes, reconstruction_error
+from modules.tokenizer.semids import rank_within_equal
+from training.graph import TokenizerStep
+from training.metrics import codebook_usage, collisions, neighbour_agreement
+from training.schedule import warmup_cosine
+
+MODES = {  # what differs from the recommended config, configs/rqvae_amazon.gin
+    "rotation": {},
+    "ste": {"codebook_mode": QuantizeMode.STE},
+    "gumbel": {"codebook_mode": QuantizeMode.GUMBEL_SOFTMAX},
+    "sinkhorn": {"codebook_mode": QuantizeMode.SINKHORN},
+    "cosine": {"codebook_distance": "cosine"},
+    "simvq": {"codebook_sim_vq": True},
+    "ema": {"codebook_update": "ema"},
+    "kmeans": {"hidden_dims": None},
+}
+RECOMMENDED = {"embed_dim": 16, "hidden_dims": (512, 256, 128), "codebook_size": 256, "n_layers": 3}
+RATES, BATCHES = (1e-4, 1e-3, 1e-2), (64, 640, 4096)
+
+
+def train(x: Tensor, options: dict, seed: int, steps: int, batch: int, rate: float, refit_every: int) -> RqVae:
+    """The loop of train_rqvae.py without its log, on the device of x."""
+    torch.manual_seed(seed)
+    model = RqVae(x.shape[1], **{**RECOMMENDED, **options}).to(x.device)
+    model.initialize(x, torch.Generator(x.device).manual_seed(seed))
+    if options.get("hidden_dims", ()) is None:
+        return model
+    graphed = x.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, fused=True, capturable=graphed)
+    shuffler = Shuffler(len(x), batch, seed)
+    step_once = TokenizerStep(model.train(), optimizer, x, shuffler.batch_size, 1.0)
+    for step in range(steps):
+        torch.manual_seed(derive_seed(seed, "noise", step, 0))
+        step_once(shuffler.draw(step)[0], rate * warmup_cosine(step, 200, steps), 0.1 ** (step / steps))
+        if (step + 1) % refit_every == 0 or step + 1 == steps:
+            model.fit_codebooks(x, torch.Generator(x.device).manual_seed(derive_seed(seed, "refit", step)))
+            for parameter in (p for layer in model.layers for p in layer.parameters()):
+                for moment in optimizer.state.get(parameter, {}).values():
+                    moment.zero_()
+    return model
+
+
+def figures(model: RqVae, x: Tensor) -> dict[str, float]:
+    """What the table shows of one run."""
+    nearest, codes = model.codes(x), catalogue_codes(model, x)
+    usage = codebook_usage(nearest, model.config["codebook_size"])
+    return {
+        "least usage": min(value for name, value in usage.items() if name.startswith("usage")),
+        "least perplexity": min(value for name, value in usage.items() if name.startswith("perplexity")),
+        "unique, nearest codes": collisions(nearest)["unique_share"],
+        "largest group": collisions(nearest)["largest_group"],
+        "unique": collisions(codes)["unique_share"],
+        "loss, nearest codes": reconstruction_error(model, x, nearest),
+        "loss": reconstruction_error(model, x, codes),
+        **neighbour_agreement(codes, x),
+    }
+
+
+def experiment(features: dict[str, Tensor], options: argparse.Namespace) -> None:
+    """All runs of `table` or `grid`, one Markdown line each."""
+    grid = options.what == "grid"
+    header = False
+    for name, x in features.items():
+        for mode in options.modes if not grid else ["rotation"]:
+            for rate in RATES if grid else (options.rate,):
+                for batch in BATCHES if grid else (options.batch,):
+                    for seed in options.seeds:
+                        start = time.perf_counter()
+                        model = train(x, MODES[mode], seed, options.steps, batch, rate, options.refit_every)
+                        row = {"data": name, "mode": mode, "rate": rate, "batch": batch, "seed": seed}
+                        row |= figures(model, x) | {"seconds": time.perf_counter() - start}
+                        if not header:
+                            print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
+                        header = True
+                        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+                        print("| " + " | ".join(cells) + " |", flush=True)
+                        if options.json:
+                            with open(options.json, "a") as file:
+                                file.write(json.dumps(row | {"steps": options.steps}) + "\n")
+
+
+def speed(device: torch.device) -> None:
+    """Training steps a second at batch 640 on the 768-512-256-128-32, 3 x 256 model."""
+    x = torch.randn(20_000, 768, device=device)
+    model = RqVae(768, embed_dim=32).to(device)
+    model.initialize(x, torch.Generator(device).manual_seed(0))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True, capturable=device.type == "cuda")
+    step_once, shuffler = TokenizerStep(model.train(), optimizer, x, 640, 1.0), Shuffler(len(x), 640, 0)
+    n = 5000 if device.type == "cuda" else 60
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for step in range(n):
+            torch.manual_seed(step)
+            step_once(shuffler.draw(step)[0], 1e-3, 1.0)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        rates.append(n / (time.perf_counter() - start))
+    rates.sort()
+    print(f"{device}: {rates[2]:,.1f} steps/s (slowest {rates[0]:,.1f}, fastest {rates[-1]:,.1f} of 5 x {n})")
+
+
+def tokenize(n: int, dim: int, folder: str, device: torch.device) -> None:
+    """Codes and unique IDs of n items whose features stream from a file of n * dim * 4 bytes."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path, rows = Path(scratch) / "features.npy", 65536
+        values = np.lib.format.open_memmap(path, "w+", np.float32, (n, dim))
+        generator = torch.Generator().manual_seed(0)
+        centres = torch.randn(1000, dim, generator=generator)
+        for start in range(0, n, rows):
+            count = min(rows, n - start)
+            noise = torch.randn(count, dim, generator=generator)
+            values[start : start + count] = centres[torch.randint(0, 1000, (count,), generator=generator)] + noise
+        values.flush()
+        del values
+        x = torch.from_numpy(np.load(path, mmap_mode="c"))
+        model = RqVae(dim, **RECOMMENDED).to(device)
+        model.initialize(x[:20_000].clone().to(device), torch.Generator(device).manual_seed(0))
+        start = time.perf_counter()
+        codes = catalogue_codes(model, x)
+        middle = time.perf_counter()
+        extra = rank_within_equal(codes)
+        end = time.perf_counter()
+    print(f"{device}: {n:,} x {dim}: codes {middle - start:.1f} s, extra level {end - middle:.1f} s,")
+    print(f"largest extra code {int(extra.max())}, unique {collisions(codes)['unique_share']:.4f};")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak memory {peak:.2f} GiB, with what the system keeps of the file")
+
+
+def read(spec: str, device: torch.device) -> tuple[str, Tensor]:
+    name, path = spec.split("=", 1)
+    x = load_file(path)["features"] if path.endswith(".safetensors") else torch.from_numpy(np.load(path))
+    return name, x.float().to(device)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["table", "grid", "speed", "tokenize"])
+    parser.add_argument("--features", nargs="+", default=[], metavar="NAME=FILE")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--refit-every", type=int, default=250)
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--folder", default=None, help="where the features of `tokenize` are written")
+    parser.add_argument("--json")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    where = torch.device(arguments.device)
+    if arguments.what == "speed":
+        speed(where)
+    elif arguments.what == "tokenize":
+        tokenize(arguments.items, arguments.dim, arguments.folder, where)
+    else:
+        experiment(dict(read(spec, where) for spec in arguments.features), arguments)

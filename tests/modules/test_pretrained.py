@@ -1,0 +1,131 @@
+"""Models from and to a Hub: a server on this machine that speaks the client's protocol."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from modules.pretrained import push_folder, resolve
+from modules.rqvae import RqVae
+from tests.hub import Hub, commit_of
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The client reads HF_ENDPOINT once, when it is imported: here its constants are set."""
+    from huggingface_hub import constants
+
+    hub = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield hub
+    hub.close()
+
+
+@pytest.fixture
+def model():
+    return RqVae(6, embed_dim=3, hidden_dims=(5,), codebook_size=4)
+
+
+def same(one: RqVae, other: RqVae) -> bool:
+    weights = other.state_dict()
+    return one.config == other.config and all(
+        torch.equal(weights[name], part) for name, part in one.state_dict().items()
+    )
+
+
+def test_what_is_pushed_is_pulled(hub, model):
+    assert model.push_to_hub("owner/tokenizer") == f"{hub.endpoint}/owner/tokenizer"
+    assert set(hub.repositories["owner/tokenizer"]["main"]) == {"config.json", "model.safetensors", "README.md"}
+    assert same(RqVae.from_pretrained("owner/tokenizer"), model)
+
+
+def test_a_folder_is_pushed_again_over_the_old_one(hub, model, tmp_path):
+    model.push_to_hub("owner/tokenizer")
+    other = RqVae(6, embed_dim=3, hidden_dims=(5,), codebook_size=4)
+    other.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / "notes.txt").write_text("stays here")
+    push_folder(tmp_path / "folder", "owner/tokenizer")
+    assert "notes.txt" not in hub.repositories["owner/tokenizer"]["main"]
+    assert same(RqVae.from_pretrained("owner/tokenizer"), other)
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub, model):
+    model.push_to_hub("owner/tokenizer")
+    old = dict(hub.repositories["owner/tokenizer"]["main"])
+    hub.repositories["owner/tokenizer"]["v1"] = old
+    other = RqVae(6, embed_dim=2, hidden_dims=(5,), codebook_size=4)
+    other.push_to_hub("owner/tokenizer")
+    for revision in ("v1", commit_of("v1", old)):
+        assert same(RqVae.from_pretrained("owner/tokenizer", revision=revision), model)
+    assert same(RqVae.from_pretrained("owner/tokenizer"), other)
+    with pytest.raises(FileNotFoundError, match="no revision 'v2' of the Hub repository 'owner/tokenizer'"):
+        RqVae.from_pretrained("owner/tokenizer", revision="v2")
+
+
+def test_a_repository_that_is_not_there_is_named(hub):
+    with pytest.raises(FileNotFoundError, match="nor the Hub repository 'owner/nothing'"):
+        RqVae.from_pretrained("owner/nothing")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_is_not_there_is_named(hub, model, name):
+    model.push_to_hub("owner/tokenizer")
+    del hub.repositories["owner/tokenizer"]["main"][name]
+    with pytest.raises(FileNotFoundError, match=f"no {name} in the Hub repository 'owner/tokenizer'"):
+        RqVae.from_pretrained("owner/tokenizer")
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors file, but longer than a header's eight bytes"])
+def test_a_damaged_file_is_named(hub, model, content):
+    model.push_to_hub("owner/tokenizer")
+    hub.repositories["owner/tokenizer"]["main"]["model.safetensors"] = content
+    with pytest.raises(ValueError, match="owner--tokenizer.* is damaged"):
+        RqVae.from_pretrained("owner/tokenizer")
+
+
+def test_without_a_network_a_cached_copy_serves(hub, model, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+    model.push_to_hub("owner/tokenizer")
+    RqVae.from_pretrained("owner/tokenizer")
+    hub.close()
+    assert same(RqVae.from_pretrained("owner/tokenizer"), model)
+    with pytest.raises(ConnectionError, match="'owner/other'.* neither in the local cache"):
+        RqVae.from_pretrained("owner/other")
+    with pytest.raises(ConnectionError, match="'owner/tokenizer' took no upload"):
+        model.push_to_hub("owner/tokenizer")
+
+
+def test_an_upload_that_is_refused_is_told(hub, model):
+    hub.read_only = True
+    with pytest.raises(PermissionError, match="'owner/tokenizer' took no upload.*hf auth login"):
+        model.push_to_hub("owner/tokenizer")
+
+
+def test_what_is_on_this_machine_is_never_looked_for_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    assert resolve("out/run") == Path("out/run")
+    with pytest.raises(ValueError, match="revision = 'v1'"):
+        resolve("out/run", "v1")
+    with pytest.raises(FileNotFoundError, match="no Hub id"):
+        resolve("out/run/deeper")
+
+
+def test_the_clients_own_setting_of_the_endpoint_holds(hub, model, tmp_path):
+    model.push_to_hub("owner/tokenizer")
+    load = "RqVae.from_pretrained('owner/tokenizer').config"
+    program = f"import json; from modules.rqvae import RqVae; print(json.dumps({load}))"
+    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == model.config

@@ -1,0 +1,66 @@
+"""Codes of whole catalogues: only colliding items move, to near codes, wherever the features lie."""
+
+import numpy as np
+import pytest
+import torch
+
+from modules.rqvae import RqVae
+from modules.tokenizer.catalogue import catalogue_codes, load_or_make_ids, reconstruction_error
+from training.metrics import collisions
+
+
+def make(n: int = 300, **options) -> tuple[RqVae, torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(12, 6)[torch.arange(n) % 12] + 0.2 * torch.randn(n, 6)
+    model = RqVae(6, embed_dim=4, hidden_dims=(16,), codebook_size=16, **options).eval()
+    model.initialize(x, torch.Generator().manual_seed(0))
+    return model, x
+
+
+def test_only_items_that_collide_move_and_only_on_the_last_level():
+    model, x = make()
+    nearest, codes = model.codes(x), catalogue_codes(model, x)
+    assert collisions(nearest)["unique_share"] < 0.9 and collisions(codes)["unique_share"] == 1
+    assert torch.equal(codes[:, :-1], nearest[:, :-1])
+    moved = (codes != nearest).any(1)
+    _, group, counts = nearest.unique(dim=0, return_inverse=True, return_counts=True)
+    assert int(moved.sum()) == len(x) - len(counts), "of each group one item stays"
+    out = model.get_semantic_ids(x)
+    left = (out.residuals[..., -1] - out.embeddings[..., -1]).detach().square().sum(1)
+    for number in (counts > 1).nonzero()[:, 0].tolist():
+        members = (group == number).nonzero()[:, 0]
+        assert int(members[left[members].argmin()]) in members[~moved[members]].tolist(), "the nearest stays"
+
+
+def test_where_it_is_off_the_codes_are_the_nearest():
+    model, x = make(separate_collisions=False)
+    assert torch.equal(catalogue_codes(model, x), model.codes(x))
+
+
+@pytest.mark.parametrize("batch_size", [7, 300, 65536])
+def test_features_may_be_a_file_read_in_chunks(tmp_path, batch_size):
+    model, x = make()
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
+    assert torch.equal(catalogue_codes(model, mapped, batch_size), catalogue_codes(model, x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_codes_of_the_cpu():
+    model, x = make(5000)
+    expected = catalogue_codes(model, x)
+    assert torch.equal(catalogue_codes(model.cuda(), x), expected)
+    assert torch.equal(catalogue_codes(model, x.cuda()), expected)
+
+
+def test_the_error_of_codes_is_that_of_decoding_them():
+    model, x = make()
+    losses = model.losses(x)
+    nearest = reconstruction_error(model, x, model.codes(x), batch_size=70)
+    assert nearest == pytest.approx(losses["reconstruction_loss"], rel=1e-5)
+    assert nearest < reconstruction_error(model, x, catalogue_codes(model, x)) < 1.5 * nearest
+
+
+def test_a_checkpoint_without_ids_needs_features():
+    with pytest.raises(ValueError, match="set train.features"):
+        load_or_make_ids("old.pt", None, None, None, torch.device("cpu"))
