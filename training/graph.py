@@ -13,7 +13,8 @@ class TokenizerStep:
 
     x: [N, D], on the model's device. optimizer: on a GPU with `capturable=True`. The learning rate is a tensor that the
     graph reads. `__call__` returns the losses (total, reconstruction, quantization) as a tensor [3] and the norm
-    of the gradient, which the next call overwrites, so that nothing waits for the device. Weights may be changed in place between two calls.
+    of the gradient, which the next call overwrites, so that nothing waits for the device. Weights may be changed in
+    place between two calls.
     """
 
     def __init__(
