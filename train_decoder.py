@@ -88,10 +88,10 @@ def train(
     with distributed.in_turn(accelerator):
         force = force_dataset_process and accelerator.is_local_main_process
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
-        splits = draw_splits(split, corpus.interactions)
-        read = partial(read_features, corpus, features, dataset_folder, splits, force) if features else None
-        path = pretrained_rqvae_path.format(corpus=corpus.name)
-        semantic_ids = load_or_make_ids(path, pretrained_rqvae_revision, corpus, read, device)
+    splits = draw_splits(split, corpus.interactions)
+    read = partial(read_features, corpus, features, dataset_folder, splits, force_dataset_process) if features else None
+    path = pretrained_rqvae_path.format(corpus=corpus.name)
+    semantic_ids = load_or_make_ids(path, pretrained_rqvae_revision, corpus, read, device)
     if (seen := semantic_ids.tokenizer.get("split", splits.name)) != splits.name:
         raise ValueError(
             f"The tokenizer was made for the {seen} split and may know what the {splits.name} split tests on: bind "
