@@ -192,7 +192,7 @@ def train(
     metrics = {**catalogue_metrics(model, x), **id_metrics(model, codes, x)}
     if accelerator.is_main_process:
         semantic_ids = make_ids(model, codes, corpus, described.identity, splits.name)
-        metrics["extra_level_size"] = semantic_ids.level_sizes[-1]
+        metrics["extra_level_size"] = sum(semantic_ids.level_sizes[codes.shape[1] :])  # 0: the codes are unique
         save_tokenizer(run.root / "tokenizer", model, semantic_ids, described.identity, metrics)
         plots.tokenizer(run.root)
         plots.codes(run.root, codes, model.config["codebook_size"], corpus.items["categories"].to_list())

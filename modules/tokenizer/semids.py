@@ -22,8 +22,9 @@ IDS = "semantic_ids.safetensors"
 class SemanticIds:
     """Unique code tuples of N items.
 
-    codes: [N, L+1] int64; the last level tells apart items that share their first L codes.
-    level_sizes: number of codes of each of the L+1 levels.
+    codes: [N, L'] int64: the tokenizer's L codes, and where some items share all of these one more that tells them
+    apart.
+    level_sizes: number of codes of each of the L' levels.
     item_keys: [N] raw item ids, in the order of the rows.
     corpus_name, corpus_hash: the corpus whose items these are. tokenizer: what produced the codes.
     """
@@ -63,12 +64,13 @@ class SemanticIds:
         corpus_hash: str,
         tokenizer: dict,
     ) -> "SemanticIds":
-        """Makes codes [N, L] unique with a last level: the item's rank among those with its codes, by item id."""
-        rank = rank_within_equal(codes)
-        last = int(rank.max()) + 1
-        unique = torch.cat([codes.long(), rank[:, None]], 1)
-        sizes = (codebook_size,) * codes.shape[1] + (last,)
-        return SemanticIds(unique, sizes, item_keys, corpus_name, corpus_hash, tokenizer)
+        """From codes [N, L], which get one more level unless they are unique: the item's rank among those with its
+        codes, by item id."""
+        rank, sizes = rank_within_equal(codes), (codebook_size,) * codes.shape[1]
+        codes = codes.long()
+        if bool(rank.any()):
+            codes, sizes = torch.cat([codes, rank[:, None]], 1), (*sizes, int(rank.max()) + 1)
+        return SemanticIds(codes, sizes, item_keys, corpus_name, corpus_hash, tokenizer)
 
     def check_corpus(self, corpus_name: str, corpus_hash: str) -> None:
         """ValueError that names both sides where these IDs belong to another corpus."""

@@ -28,15 +28,20 @@ def make(rows: list[tuple[int, ...]] = CODES, **changed) -> SemanticIds:
 
 @settings(deadline=None, max_examples=50)
 @given(rows_strategy)
-def test_the_last_level_counts_the_earlier_items_with_the_same_codes(rows):
+def test_a_level_counts_the_earlier_items_with_the_same_codes_where_there_are_any(rows):
     seen, ranks = Counter(), []
     for row in rows:
         ranks.append(seen[row])
         seen[row] += 1
     assert rank_within_equal(torch.tensor(rows)).tolist() == ranks
     semantic_ids = make(rows)
-    assert semantic_ids.codes.tolist() == [[*row, rank] for row, rank in zip(rows, ranks, strict=True)]
     assert len(set(map(tuple, semantic_ids.codes.tolist()))) == semantic_ids.n_items == len(rows)
+    if not any(ranks):
+        assert semantic_ids.codes.tolist() == [[*row] for row in rows] and semantic_ids.level_sizes == (3,) * len(
+            rows[0]
+        )
+        return
+    assert semantic_ids.codes.tolist() == [[*row, rank] for row, rank in zip(rows, ranks, strict=True)]
     assert semantic_ids.level_sizes == (3,) * len(rows[0]) + (max(seen.values()),)
     assert semantic_ids.codes.dtype == torch.int64
 
