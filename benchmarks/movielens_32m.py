@@ -1,7 +1,7 @@
 """Raw CSV files of MovieLens-32M's size to a cached corpus: time and peak memory, beside a plain pandas pipeline.
 
-    python benchmarks/movielens_32m.py scratch/ml32m            # full size: 1 GB of files, deleted at the end
-    python benchmarks/movielens_32m.py scratch/ml32m --scale .01
+    python -m benchmarks.movielens_32m scratch/ml32m            # full size: 1 GB of files, deleted at the end
+    python -m benchmarks.movielens_32m scratch/ml32m --scale .01
 
 The files are drawn, not GroupLens': 32,000,204 ratings by 200,948 users of 87,585 movies and 2,000,072 tags; Zipf's law
 for the movies, a log-normal for the users' activity, every user's ratings spread over a session of some hours.
@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from data.processed import RecDataset, load_corpus  # noqa: E402
+from data.processed import RecDataset, load_corpus
 
 USERS, MOVIES, RATINGS, TAGS = 200_948, 87_585, 32_000_204, 2_000_072
 GENRES = ["Action", "Adventure", "Animation", "Children", "Comedy", "Crime", "Documentary", "Drama", "Fantasy"]
@@ -98,7 +97,8 @@ STEPS = {"build": with_this_project, "open": with_this_project, "pandas": lambda
 
 def measure(folder: Path, step: str) -> dict:
     """Runs a step in a process of its own; seconds without the imports, peak memory of all."""
-    done = subprocess.run([sys.executable, __file__, str(folder), "--step", step], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.movielens_32m", str(folder), "--step", step]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """Validation loss of the sample retriever in float32, fp16 and bf16, over seeds, and whether a run repeats bit for bit.
 
-    python benchmarks/precision.py
+    python -m benchmarks.precision
 
 On one GPU; stage 1 is trained first. Prints a table in Markdown.
 """

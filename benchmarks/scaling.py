@@ -1,6 +1,6 @@
 """Training speed of the retriever on 1 and more GPUs at the same batch a GPU, and its metrics at the same global batch.
 
-    python benchmarks/scaling.py --gpus 1 2
+    python -m benchmarks.scaling --gpus 1 2
 
 Data are made up: 20,000 users who walk through 12,000 items with jumps. --cpu takes gloo processes instead of GPUs.
 """

@@ -1,9 +1,9 @@
 """The tokenizer over modes, seeds and data sets; its survival over learning rates and batches; its speed.
 
-    python benchmarks/tokenizer.py table --features beauty=beauty.npy toys=toys.npy --seeds 0 1 2
-    python benchmarks/tokenizer.py grid --features beauty=beauty.npy
-    python benchmarks/tokenizer.py speed
-    python benchmarks/tokenizer.py tokenize --items 1000000 --dim 384 --folder /tmp
+    python -m benchmarks.tokenizer table --features beauty=beauty.npy toys=toys.npy --seeds 0 1 2
+    python -m benchmarks.tokenizer grid --features beauty=beauty.npy
+    python -m benchmarks.tokenizer speed
+    python -m benchmarks.tokenizer tokenize --items 1000000 --dim 384 --folder /tmp
 
 Features are [N, D] float32 in .npy files or .safetensors with a tensor "features"; train_rqvae.py caches those of a
 config under <dataset_folder>/features. Prints Markdown; --json FILE appends every run as one line.
