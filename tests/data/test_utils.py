@@ -181,3 +181,25 @@ def test_tokenize_writes_each_item_as_its_codes(rows, levels):
     tokenized = tokenize(batch, codes)
     assert to_rows(tokenized.tokens) == [[code for item in row for code in codes[item].tolist()] for row in rows]
     assert tokenized.targets is targets and torch.equal(tokenized.user, batch.user)
+
+
+@pytest.mark.parametrize("every_position", [True, False])
+def test_fillers_make_up_the_size_and_leave_the_samples_as_they_are(every_position):
+    interactions = Interactions(torch.arange(40, dtype=torch.int32) % 17, torch.tensor([0, 3, 15, 40]))
+    samples = windows(interactions.offsets.diff(), 6) if every_position else every_prefix(interactions.offsets.diff())
+    source = SequenceSource(interactions, samples, 6, torch.device("cpu"), every_position)
+    index, uniform = torch.tensor([0, 2, 3]), torch.tensor([0.1, 0.9, 0.5], dtype=torch.float64)
+    plain, n_items = source.batch(index, uniform), source.n_items(index, uniform)
+    assert len(plain.history.values) == n_items and len(plain.targets.values) == source.n_targets(index, uniform)
+    for size in (n_items, n_items + 1, n_items + 6, n_items + 17, n_items + 18):
+        filled = source.device_batch(index, uniform, size, fillers=3)
+        n_targets = len(plain.targets.values)
+        assert len(filled.history.values) == int(filled.history.offsets[-1]) == size
+        assert filled.history.batch_size == len(filled.user) == len(index) + 3
+        assert int(filled.history.lengths.max()) <= filled.history.max_length == 6
+        assert torch.equal(filled.history.values[:n_items], plain.history.values)
+        assert torch.equal(filled.history.offsets[: len(index) + 1], plain.history.offsets)
+        assert torch.equal(filled.user[: len(index)], plain.user)
+        assert torch.equal(filled.targets.values[:n_targets], plain.targets.values)
+        assert torch.equal(filled.targets.offsets[: len(index) + 1], plain.targets.offsets)
+        assert filled.target_weights.tolist() == [1.0] * n_targets + [0.0] * (len(filled.targets.values) - n_targets)

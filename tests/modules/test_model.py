@@ -1,5 +1,7 @@
 """The retriever without padding against a padded twin with the same weights."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -126,3 +128,19 @@ def test_a_trained_model_ranks_what_it_has_seen_first():
     assert float(loss.detach()) < 0.1 * first
     ranked = beam_search(model.eval(), batch, trie, beams=5)
     assert ranked.items[:, 0].tolist() == [walk[-1] for walk in walks]
+
+
+def test_targets_of_weight_0_leave_loss_and_gradients_as_they_were():
+    codes, sizes = random_catalogue(12, seed=0)
+    trie = Trie.build(codes)
+    model = make_model(sizes).double()
+    results = []
+    for fillers in ([], [[4, 7], []]):
+        batch = make_batch(codes, [[1, 2, 3], [5, 6], *fillers], [[2, 3, 8], [6, 9], *([0] * len(f) for f in fillers)])
+        weights = torch.tensor([1.0] * 5 + [0.0] * sum(map(len, fillers)))
+        losses = model(dataclasses.replace(batch, target_weights=weights), trie)
+        results.append([losses.loss, *losses.level_losses, *torch.autograd.grad(losses.loss, model.parameters())])
+        if not fillers:
+            assert torch.allclose(losses.loss, model(batch, trie).loss)
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)

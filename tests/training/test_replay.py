@@ -1,0 +1,63 @@
+"""Recorded passes are the passes themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+from training.replay import Replay
+
+
+def passes(model: nn.Module, calls: list[int] | None = None):
+    """A forward and backward pass with dropout, for rows of a table and a weight."""
+    table = torch.linspace(-1, 1, 80, device=model[0].weight.device).view(20, 4)
+
+    def function(size: int, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if calls is not None:
+            calls.append(size)
+        loss = model(table[index[:size]]).square().mean()
+        (loss * weight).backward()
+        return loss.detach()
+
+    return function
+
+
+def make_model(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1)).to(device)
+
+
+def inputs(step: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+    return 3 + step % 2, torch.arange(step, step + 5), torch.tensor(0.5 + step)
+
+
+def run(replay: Replay, model: nn.Module) -> list[torch.Tensor]:
+    """Losses of each step, and the gradients that pile up."""
+    results = []
+    for step in range(6):
+        torch.manual_seed(step)
+        results.append(replay(*inputs(step)).clone())
+    return [*results, *(p.grad.clone() for p in model.parameters())]
+
+
+def test_without_recording_the_function_is_called():
+    calls, model = [], make_model("cpu")
+    results = run(Replay(passes(model, calls), model, torch.device("cpu"), recorded=False), model)
+    assert calls == [3, 4] * 3
+    twin = make_model("cpu")
+    function = passes(twin)
+    for step in range(6):
+        torch.manual_seed(step)
+        assert torch.equal(function(*inputs(step)), results[step])
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(twin.parameters(), results[6:], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_passes_give_the_losses_and_gradients_of_called_ones():
+    device, calls = torch.device("cuda"), []
+    called, recorded = make_model("cuda"), make_model("cuda")
+    expected = run(Replay(passes(called), called, device, recorded=False), called)
+    actual = run(Replay(passes(recorded, calls), recorded, device, recorded=True), recorded)
+    assert len(calls) < 12 and set(calls) == {3, 4}
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
