@@ -149,10 +149,10 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def tokenize(batch: SeqBatch, codes: Tensor) -> TokenizedSeqBatch:
-    """Writes the histories in semantic IDs. codes: [N, L'] int64, on the batch's device."""
+    """Writes the histories in semantic IDs. codes: [N, L'] integers, on the batch's device."""
     levels = codes.shape[1]
     history = batch.history
-    tokens = JaggedTensor(codes[history.values].flatten(), history.offsets * levels, history.max_length * levels)
+    tokens = JaggedTensor(codes[history.values].long().flatten(), history.offsets * levels, history.max_length * levels)
     return TokenizedSeqBatch(batch.user, tokens, batch.targets, batch.consumed, batch.target_weights)
 
 

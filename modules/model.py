@@ -131,11 +131,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
         items of the trie and no capacity goes into learning which tuples exist.
         """
         items = batch.targets.values
-        codes, nodes = trie.item_codes[items], trie.item_nodes[items]  # [P, L'], [P, L'+1]
+        codes, nodes = trie.item_codes[items].long(), trie.item_nodes[items]  # [P, L'], [P, L'+1]
         losses = []
         for level, logits in enumerate(self.level_logits(batch, codes)):
             log_probs, _, _ = trie.log_probs(logits, level, nodes[:, level])  # [P, fanout]
-            child = nodes[:, level + 1] - trie.first_child[level][nodes[:, level]]
+            child = (nodes[:, level + 1] - trie.first_child[level][nodes[:, level]]).long()
             losses.append(-log_probs.gather(-1, child[:, None])[:, 0])
         level_losses = torch.stack(losses)  # [L', P]
         if batch.target_weights is None:

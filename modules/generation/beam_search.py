@@ -20,7 +20,7 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
     """
     users, device = batch.user.shape[0], batch.user.device
     memory = model.memory(batch)
-    nodes = torch.zeros(users, 1, dtype=torch.int64, device=device)
+    nodes = torch.zeros(users, 1, dtype=torch.int32, device=device)
     scores = torch.zeros(users, 1, device=device)
     codes = torch.zeros(users, 1, 0, dtype=torch.int64, device=device)
     cache = None
@@ -39,5 +39,5 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
         codes = torch.cat([before, code.flatten(1).gather(1, best)[..., None]], -1)
         rows = (parent + torch.arange(users, device=device)[:, None] * logits.shape[1]).flatten()
         cache = [(keys[rows], values[rows]) for keys, values in cache]
-    items = trie.leaf_items[nodes].masked_fill(scores == float("-inf"), -1)
+    items = trie.leaf_items[nodes].long().masked_fill(scores == float("-inf"), -1)
     return RankedItems(items, scores)

@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from modules.tokenizer.semids import lexicographic_order
+from ops.jagged import lengths_to_offsets
 
 
 @dataclass(frozen=True)
 class Trie:
     """Nodes of depth d are the distinct code prefixes of length d, numbered in lexicographic order.
 
-    first_child[d]: [n_d + 1] int64; node n of depth d has the children first_child[d][n] to
-        first_child[d][n+1] - 1, which are nodes of depth d + 1. Depth 0 has one node, the root.
-    code[d]: [n_{d+1}] int64, the last code of each node of depth d + 1.
-    leaf_items: [N] int64, the item of each leaf; leaves are the nodes of depth L'.
-    item_codes: [N, L'] int64, the codes of each item.
-    item_nodes: [N, L' + 1] int64, the nodes of depths 0 to L' on each item's path.
+    All arrays are int32: at most 8 + 16 L' bytes an item, 50 where 10 million items have four codes of 256.
+    first_child[d]: [n_d + 1]; node n of depth d has the children first_child[d][n] to first_child[d][n+1] - 1, which
+        are nodes of depth d + 1. Depth 0 has one node, the root.
+    code[d]: [n_{d+1}], the last code of each node of depth d + 1.
+    leaf_items: [N], the item of each leaf; leaves are the nodes of depth L'.
+    item_codes: [N, L'], the codes of each item.
+    item_nodes: [N, L' + 1], the nodes of depths 0 to L' on each item's path.
     fanout[d]: host integer, the largest number of children of a node of depth d.
     """
 
@@ -39,27 +41,30 @@ class Trie:
     @staticmethod
     def build(codes: Tensor) -> "Trie":
         """codes: [N, L'] distinct rows; row n belongs to item n. ValueError names two items with equal codes."""
-        codes = codes.long()
+        codes = codes.to(torch.int32)
         n_items, n_levels = codes.shape
         order = lexicographic_order(codes)
         ordered = codes[order]
         opens = torch.ones_like(ordered, dtype=torch.bool)  # row starts a new prefix of length d + 1
-        opens[1:] = (ordered[1:] != ordered[:-1]).cumsum(1) > 0
+        opens[1:] = ordered[1:] != ordered[:-1]
+        for level in range(1, n_levels):
+            opens[:, level] |= opens[:, level - 1]
         if not bool(opens[:, -1].all()):
             twin = int((~opens[:, -1]).nonzero()[0])
             a, b = sorted((int(order[twin - 1]), int(order[twin])))
             raise ValueError(f"Items {a} and {b} share the codes {ordered[twin].tolist()}; a trie needs unique ones.")
-        nodes = [torch.zeros(n_items, dtype=torch.int64, device=codes.device)]  # of depth d, for each ordered row
+        item_nodes = codes.new_zeros(n_items, n_levels + 1)
+        nodes = codes.new_zeros(n_items)  # of depth d, for each ordered row
         first_child, code, fanout = [], [], []
         for level in range(n_levels):
             starts = opens[:, level]
-            children = torch.bincount(nodes[level][starts])
-            first_child.append(torch.cat([children.new_zeros(1), children.cumsum(0)]))
+            children = torch.bincount(nodes[starts])
+            first_child.append(lengths_to_offsets(children).to(torch.int32))
             code.append(ordered[starts, level])
             fanout.append(int(children.max()))
-            nodes.append(starts.cumsum(0) - 1)
-        item_nodes = torch.empty_like(torch.stack(nodes, 1)).index_copy(0, order, torch.stack(nodes, 1))
-        return Trie(first_child, code, order, codes, item_nodes, fanout)
+            nodes = starts.cumsum(0, dtype=torch.int32) - 1
+            item_nodes[order, level + 1] = nodes
+        return Trie(first_child, code, order.to(torch.int32), codes, item_nodes, fanout)
 
     def to(self, device: torch.device | str) -> "Trie":
         return Trie(
@@ -78,7 +83,7 @@ class Trie:
         Where a child does not exist, its node and code are those of the first child.
         """
         first, last = self.first_child[depth][nodes], self.first_child[depth][nodes + 1]
-        child = first[..., None] + torch.arange(self.fanout[depth], device=nodes.device)
+        child = first[..., None] + torch.arange(self.fanout[depth], dtype=torch.int32, device=nodes.device)
         exists = child < last[..., None]
         child = torch.where(exists, child, first[..., None])
         return child, self.code[depth][child], exists
@@ -90,5 +95,5 @@ class Trie:
         (-inf where a child does not exist), child nodes, their codes: [..., fanout[depth]].
         """
         child, code, exists = self.children(depth, nodes)
-        scores = logits.float().gather(-1, code).masked_fill(~exists, float("-inf"))
+        scores = logits.float().gather(-1, code.long()).masked_fill(~exists, float("-inf"))
         return scores.log_softmax(-1), child, code

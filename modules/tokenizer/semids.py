@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,10 +157,17 @@ def rank_within_equal(codes: Tensor) -> Tensor:
 
 
 def lexicographic_order(codes: Tensor) -> Tensor:
-    """Row numbers in the order of the rows, equal rows in their own order; one stable sort a level.
+    """Row numbers in the order of the rows, equal rows in their own order: one stable sort if a row fits in 63 bits,
+    else one a level.
 
-    Shape: codes [N, L] -> [N] int64.
+    Shape: codes [N, L] non-negative integers -> [N] int64.
     """
+    sizes = (codes.amax(0) + 1).tolist() if len(codes) else []
+    if math.prod(sizes) < 2**63:
+        key = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+        for level, size in enumerate(sizes):
+            key = key * size + codes[:, level]
+        return key.argsort(stable=True)
     order = torch.arange(len(codes), device=codes.device)
     for level in reversed(range(codes.shape[1])):  # from the last key to the first
         order = order[codes[order, level].argsort(stable=True)]

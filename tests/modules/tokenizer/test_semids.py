@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modules.tokenizer.semids import SemanticIds, rank_within_equal
+from modules.tokenizer.semids import SemanticIds, lexicographic_order, rank_within_equal
 
 rows_strategy = st.integers(1, 3).flatmap(
     lambda levels: st.lists(st.tuples(*[st.integers(0, 2)] * levels), min_size=1, max_size=40)
@@ -124,3 +124,13 @@ def test_another_corpus_is_refused_by_both_names():
 def test_parts_that_contradict_each_other_are_refused(changed):
     with pytest.raises(ValueError, match="shape|outside its level"):
         make(**changed)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(*[st.sampled_from([0, 1, 5, 2**30, 2**31 - 1])] * 3), max_size=30), st.booleans())
+def test_lexicographic_order_is_that_of_sorted_tuples(rows, wide):
+    """Codes that fit in one key together, and codes that don't."""
+    if not wide:
+        rows = [tuple(min(code, 6) for code in row) for row in rows]
+    expected = sorted(range(len(rows)), key=lambda n: rows[n])
+    assert lexicographic_order(torch.tensor(rows, dtype=torch.int64).view(-1, 3)).tolist() == expected
