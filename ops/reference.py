@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+GROUPS = 4  # of rows that are padded to one length
+
 
 def row_indices(offsets: Tensor, total: int) -> Tensor:
     """Row number of each of the `total` = `offsets[-1]` values.
@@ -55,7 +57,49 @@ def jagged_attention(
     causal: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
-    """Attention within rows, computed on padded rows. See `ops.jagged.jagged_attention` for the contract."""
+    """Attention within rows. See `ops.jagged.jagged_attention` for the contract.
+
+    Rows of similar length are padded together, so that short ones are not padded to the longest of all.
+    """
+    rows = query_offsets.shape[0] - 1
+    if rows < 16 * GROUPS or key.shape[0] * 4 > rows * max_key * 3:  # few rows, or hardly any padding
+        arguments = (query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal, scale)
+        return _padded_attention(query, key, value, *arguments)
+    outputs, places = [], []
+    for group in key_offsets.diff().argsort().tensor_split(GROUPS):
+        q_places, q_offsets, longest_query = _select_rows(query_offsets, group)
+        k_places, k_offsets, longest_key = _select_rows(key_offsets, group)
+        tensors = (query[q_places], key[k_places], value[k_places], q_offsets, k_offsets, longest_query, longest_key)
+        limits = key_limits[q_places] if key_limits is not None else None
+        outputs.append(_padded_attention(*tensors, bias, limits, causal, scale))
+        places.append(q_places)
+    joined = torch.cat(outputs)
+    return torch.empty_like(joined).index_copy(0, torch.cat(places), joined)
+
+
+def _select_rows(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Where the values of some rows lie [T'], their new offsets, and the length of the longest."""
+    lengths = offsets.diff()[rows]
+    own = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    total = int(own[-1])
+    inside = row_indices(own, total)
+    places = (offsets[rows] - own[:-1])[inside] + torch.arange(total, device=offsets.device)
+    return places, own, int(lengths.max())
+
+
+def _padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    max_query: int,
+    max_key: int,
+    bias: Tensor | None,
+    key_limits: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
     max_key = max(max_key, 1)  # so that the scores have a maximum where all rows are empty
     q = jagged_to_padded(query, query_offsets, max_query).transpose(1, 2)  # [B, H, Mq, D]
     k = jagged_to_padded(key, key_offsets, max_key).transpose(1, 2)  # [B, H, Mk, D]

@@ -131,6 +131,16 @@ def test_attention_is_that_of_each_row_alone(rows, slack, radius, limited, data)
     check_attention(query, key, bias, limits)
 
 
+@pytest.mark.parametrize("limited", [True, False])
+def test_attention_over_many_rows_of_all_lengths(limited):
+    """Which are padded in groups."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randint(0, 9, (80,), generator=generator).tolist() for _ in range(2))
+    query, key = (random_rows(n, HEADS, DIM, seed=i) for i, n in enumerate((queries, keys)))
+    limits = torch.randint(0, 10, (sum(queries),), generator=generator) if limited else None
+    check_attention(query, key, torch.randn(HEADS, 7, dtype=torch.float64), limits)
+
+
 @pytest.mark.parametrize("lengths", [[1], [5], [1, 1, 1], [4, 4], [3, 0, 5], [0, 0, 2]])
 def test_causal_self_attention(lengths):
     rows = random_rows(lengths, HEADS, DIM)
