@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_API_KEY"):
+    os.environ.pop(name, None)  # what the shell has set would change what the tests see; they stay on this machine
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
 

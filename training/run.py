@@ -33,6 +33,10 @@ FREE = {
     "collapse_is_error",
     "push_vae_to_hf",
     "vae_hf_model_name",
+    "mirrors",  # of `Downloads`, and where the tables of `CustomData` lie: the corpus is known by its hash
+    "attempts",
+    "interactions",
+    "items",
 }
 
 
