@@ -97,7 +97,8 @@ class SequenceSource:
         offsets = lengths_to_offsets(lengths)
         user = row_indices(offsets, total)
         rows = ends[user] - offsets[user + 1] + torch.arange(total, device=self.device)
-        return JaggedTensor(self._items[rows].long(), offsets, max_length), rows
+        items = self._items[rows.clamp_max(len(self._items) - 1)]  # fillers may ask for more than there are
+        return JaggedTensor(items.long(), offsets, max_length), rows
 
     def in_order(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[SeqBatch]:
         """Every sample once, in order; process `rank` gets every world_size-th batch."""

@@ -62,7 +62,8 @@ def jagged_attention(
     Rows of similar length are padded together, so that short ones are not padded to the longest of all.
     """
     rows = query_offsets.shape[0] - 1
-    if rows < 16 * GROUPS or key.shape[0] * 4 > rows * max_key * 3:  # few rows, or hardly any padding
+    # Few rows, hardly any padding, or a GPU, which the lengths of the groups would have to be asked for.
+    if rows < 16 * GROUPS or key.shape[0] * 4 > rows * max_key * 3 or query.is_cuda:
         arguments = (query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal, scale)
         return _padded_attention(query, key, value, *arguments)
     outputs, places = [], []
@@ -110,7 +111,7 @@ def _padded_attention(
     lengths = key_offsets.diff()[:, None]  # [B, 1]
     places = torch.arange(max_query, device=key.device)
     if key_limits is not None:
-        limits = jagged_to_padded(key_limits, query_offsets, max_query).minimum(lengths)  # [B, Mq]
+        limits = jagged_to_padded(key_limits, query_offsets, max_query).minimum(lengths).clamp_min(0)  # [B, Mq]
         places = None
     elif causal:
         limits = (places + 1).minimum(lengths)

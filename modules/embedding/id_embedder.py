@@ -20,7 +20,7 @@ class SemIdEmbedder(nn.Module):
         sizes = torch.tensor(level_sizes)
         self.register_buffer("starts", sizes.cumsum(0) - sizes, persistent=False)
         self.table = nn.Embedding(int(sizes.sum()), dim)
-        self.prefix_table = nn.Embedding(prefix_buckets, dim) if prefix_buckets else None
+        self.prefix_table = nn.Embedding(prefix_buckets, dim) if prefix_buckets and len(level_sizes) > 1 else None
 
     def forward(self, codes: Tensor) -> Tensor:
         """codes [..., l] of the first l levels -> [..., l, dim]."""

@@ -24,7 +24,8 @@ def _tiles(max_query: int, max_key: int, head_dim: int, half: bool) -> dict[str,
     if max_key <= 192:
         tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2}
         return tiles | {"maxnreg": 128} if half and head_dim <= 64 else tiles  # twice the warps a multiprocessor
-    return {"BLOCK_M": 16 if max_query <= 16 else 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    block, stages = (64, 3) if half and head_dim <= 64 else (32, 2)  # what fits in shared memory
+    return {"BLOCK_M": 16 if max_query <= 16 else block, "BLOCK_N": block, "num_warps": 4, "num_stages": stages}
 
 
 def _launch(rows: int, heads: int, max_length: int, block: int, most: int) -> tuple[tuple[int], int, int]:
@@ -91,6 +92,8 @@ def attention(
     query, key, value: float32, float16 or bfloat16, all alike; D at most 128.
     """
     query, key, value = _addressable(query, key, value)
+    query_offsets, key_offsets = query_offsets.contiguous(), key_offsets.contiguous()
+    key_limits = key_limits.contiguous() if key_limits is not None else None
     total, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
     lse = torch.empty(total, heads, dtype=torch.float32, device=query.device)
@@ -135,6 +138,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias [H, 2R+1] float32 (empty without `bias_grad`)."""
     query, key, value, grad_out = _addressable(query, key, value, grad_out)
+    query_offsets, key_offsets = query_offsets.contiguous(), key_offsets.contiguous()
+    key_limits = key_limits.contiguous() if key_limits is not None else None
     total, heads, _ = query.shape
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
     delta = torch.empty_like(lse)

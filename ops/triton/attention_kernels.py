@@ -10,7 +10,8 @@ from which the backward pass computes p again (Dao 2023, algorithm 2):
     dq[i] = scale sum_j ds[i, j] k[j],   dk[j] = scale sum_i ds[i, j] q[i],   dv[j] = sum_i p[i, j] dout[i]
     dbias[h, x] = sum of ds[i, j] over all pairs at distance x
 
-Every sum runs in a fixed order, without atomics: equal inputs give equal bits. Scores and sums are float32.
+Every sum runs in a fixed order, as no two threads add to one place: equal inputs give equal bits. Scores and sums
+are float32.
 """
 
 import triton

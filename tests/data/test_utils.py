@@ -203,3 +203,10 @@ def test_fillers_make_up_the_size_and_leave_the_samples_as_they_are(every_positi
         assert torch.equal(filled.targets.values[:n_targets], plain.targets.values)
         assert torch.equal(filled.targets.offsets[: len(index) + 1], plain.targets.offsets)
         assert filled.target_weights.tolist() == [1.0] * n_targets + [0.0] * (len(filled.targets.values) - n_targets)
+
+
+def test_fillers_may_be_longer_than_the_data():
+    interactions = Interactions(torch.arange(6, dtype=torch.int32), torch.tensor([0, 6]))
+    source = SequenceSource(interactions, windows(interactions.offsets.diff(), 20), 20, torch.device("cpu"), True)
+    batch = source.device_batch(torch.tensor([0]), None, 20, fillers=1)
+    assert len(batch.history.values) == 20 and int(batch.target_weights.sum()) == 5

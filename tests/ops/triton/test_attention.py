@@ -96,3 +96,13 @@ def test_no_graph_break_under_compile():
     sample = (q, k, v, offsets, offsets, 3, 3, torch.randn(2, 5, device=DEVICE), None, True, 0.25)
     q.requires_grad_()
     torch.library.opcheck(attention, sample)
+
+
+def test_limits_may_be_negative_or_views():
+    offsets = torch.tensor([0, 3, 5], device=DEVICE)
+    q, k, v = (torch.randn(5, 2, 16, device=DEVICE) for _ in range(3))
+    limits = torch.tensor([[1, 9], [-1, 9], [3, 9], [0, 9], [2, 9]], device=DEVICE)[:, 0]
+    arguments = (q, k, v, offsets, offsets, 3, 3, None)
+    out = attention(*arguments, limits)[0]
+    torch.testing.assert_close(out, reference.jagged_attention(*arguments, limits), rtol=0, atol=1e-5)
+    assert not out[[1, 3]].any() and bool(out[[0, 2, 4]].any(-1).all())
