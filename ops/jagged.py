@@ -54,7 +54,7 @@ class JaggedTensor:
     def to_padded(self, padding: float = 0.0) -> Tensor:
         """[B, max_length, ...], rows padded at the end."""
         arguments = (self.values, self.offsets, self.max_length, padding)
-        if _has_kernel(self.values):
+        if has_kernel(self.values):
             from ops.triton.rows import jagged_to_padded
 
             return jagged_to_padded(*arguments)
@@ -65,7 +65,7 @@ class JaggedTensor:
         """Keeps the first `lengths[b]` entries of row b of padded [B, M, ...]."""
         offsets = lengths_to_offsets(lengths)
         arguments = (padded, offsets, int(offsets[-1]))
-        if _has_kernel(padded):
+        if has_kernel(padded):
             from ops.triton.rows import padded_to_jagged
 
             return JaggedTensor(padded_to_jagged(*arguments), offsets, padded.shape[1])
@@ -101,7 +101,7 @@ def jagged_concat(first: JaggedTensor, second: JaggedTensor) -> JaggedTensor:
     """Row b becomes [row b of first, row b of second]. Values [S, ...] and [T, ...] of one dtype -> [S + T, ...]."""
     offsets = first.offsets + second.offsets
     arguments = (first.values, second.values, first.offsets, second.offsets)
-    if _has_kernel(first.values):
+    if has_kernel(first.values):
         from ops.triton.rows import concat_rows
 
         values = concat_rows(*arguments, first.max_length, second.max_length)
@@ -139,7 +139,7 @@ def jagged_attention(
     if causal and key_limits is not None:
         raise ValueError("jagged_attention takes key_limits or causal, not both.")
     arguments = (query.values, key.values, value, query.offsets, key.offsets, query.max_length, key.max_length)
-    if _has_kernel(value) and value.shape[2] <= 128:
+    if has_kernel(value) and value.shape[2] <= 128:
         from ops.triton.attention import attention
 
         output, _ = attention(*arguments, bias, key_limits, causal, scale)
@@ -148,5 +148,6 @@ def jagged_attention(
     return query.with_values(output)
 
 
-def _has_kernel(values: Tensor) -> bool:
+def has_kernel(values: Tensor) -> bool:
+    """Whether operations on these values run as kernels."""
     return values.is_cuda and values.dtype in (torch.float32, torch.float16, torch.bfloat16)

@@ -1,6 +1,7 @@
 """Pure-torch twins of every kernel: the oracle of the tests, and the path that runs without a GPU."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GROUPS = 4  # of rows that are padded to one length
@@ -162,3 +163,32 @@ def jagged_concat(first: Tensor, second: Tensor, first_offsets: Tensor, second_o
     second_places = own + first_offsets[1:][row_indices(second_offsets, second.shape[0])]
     joined = torch.cat([first, second])
     return torch.empty_like(joined).index_copy(0, torch.cat([first_places, second_places]), joined)
+
+
+def add_norm(x: Tensor | None, branch: Tensor, weight: Tensor, dropout: float, eps: float) -> tuple[Tensor, Tensor]:
+    """See `ops.residual.add_norm`."""
+    hidden = F.dropout(branch, dropout)
+    hidden = hidden if x is None else x + hidden
+    return hidden, F.rms_norm(hidden, weight.shape, weight, eps)
+
+
+def relu_dropout(x: Tensor, dropout: float) -> Tensor:
+    """See `ops.residual.relu_dropout`."""
+    return F.dropout(x.relu(), dropout)
+
+
+def kept(seed: int, rows: int, columns: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """The mask that the kernels draw: whether dropout of probability p keeps each number. -> [rows, columns] bool.
+
+    A number's random bits are a hash of its column and of a key, a hash of its row; both mix in half of the seed.
+    """
+
+    def mix(x: Tensor) -> Tensor:  # in 32 bits
+        x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+        x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    row, column = (torch.arange(n, device=device) for n in (rows, columns))
+    key = (mix(row ^ (seed & 0xFFFFFFFF)) + (seed >> 32)) & 0xFFFFFFFF
+    bits = mix((mix(key)[:, None] + column * 0x9E3779B9) & 0xFFFFFFFF)
+    return bits >= round(p * 2**32)

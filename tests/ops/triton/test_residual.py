@@ -1,0 +1,104 @@
+"""The fused elementwise kernels against their twins in float64, with the same dropout masks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ops import reference
+from tests.ops.triton.device import DEVICE, DTYPES, TOLERANCE
+
+kernels = pytest.importorskip("ops.triton.residual")
+SEED = 6_148_914_691_236_517_205
+
+
+def seed() -> torch.Tensor:
+    return torch.tensor([SEED], device=DEVICE)
+
+
+def twin(x, branch, weight, p, eps):
+    keep = reference.kept(SEED, branch.numel() // branch.shape[-1], branch.shape[-1], p, DEVICE).view(branch.shape)
+    hidden = branch * keep / (1 - p) if p else branch
+    hidden = hidden if x is None else x + hidden
+    return hidden, F.rms_norm(hidden, weight.shape, weight, eps)
+
+
+def close(narrow: torch.Tensor, wide: torch.Tensor, dtype: torch.dtype) -> None:
+    size = max(float(wide.detach().abs().max()), 1.0) if wide.numel() else 1.0
+    torch.testing.assert_close(narrow.double(), wide, rtol=0, atol=TOLERANCE[dtype] * size)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("has_x", [True, False])
+@pytest.mark.parametrize("shape", [(1, 16), (37, 24), (3, 5, 96), (0, 32), (1500, 384)])
+def test_output_and_gradients(shape, has_x, p):
+    check(shape, has_x, p, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", DTYPES)
+def test_dtypes(residual, dtype):
+    check((50, 40), True, 0.2, residual, dtype)
+
+
+def check(shape, has_x, p, residual, dtype) -> None:
+    wide = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+    wide = [t.to(kind).double().requires_grad_() for t, kind in zip(wide, (residual, dtype), strict=True)]
+    weight = torch.rand(shape[-1], dtype=torch.float64, device=DEVICE).float().double().requires_grad_()
+    narrow = [t.detach().to(kind).requires_grad_() for t, kind in zip(wide, (residual, dtype), strict=True)]
+    gain = weight.detach().float().requires_grad_()
+    results = []
+    for x, branch, w, function in ((*wide, weight, None), (*narrow, gain, kernels.add_norm)):
+        x = x if has_x else None
+        if function is None:
+            hidden, normed = twin(x, branch, w, p, 1e-6)
+        else:
+            hidden, normed = function(x, branch, w, seed() if p else None, p, 1e-6, dtype)
+            assert hidden.dtype == (residual if has_x else dtype) and normed.dtype == dtype
+        torch.manual_seed(0)
+        weights = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
+        loss = sum((out.double() * by).sum() for out, by in zip((hidden, normed), weights, strict=True))
+        results.append([hidden, normed, *torch.autograd.grad(loss, [*([x] if has_x else []), branch, w])])
+    coarse = max(residual, dtype, key=TOLERANCE.get)
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        close(mine, theirs, coarse)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_output_may_go_unused(used):
+    tensors = [torch.randn(6, 16, device=DEVICE, requires_grad=True) for _ in range(2)]
+    weight = torch.rand(16, device=DEVICE, requires_grad=True)
+    theirs = torch.autograd.grad(twin(*tensors, weight, 0.0, 1e-6)[used].sum(), tensors)
+    out = kernels.add_norm(*tensors, weight, None, 0.0, 1e-6, torch.float32)
+    mine = torch.autograd.grad(out[used].sum(), tensors)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (33, 70), (0, 8)])
+def test_relu_and_dropout(shape, dtype):
+    x = torch.randn(shape, device=DEVICE).to(dtype).requires_grad_()
+    size, p = x.numel(), 0.4
+    keep = reference.kept(SEED, -(-size // kernels.FLAT), kernels.FLAT, p, DEVICE).flatten()[:size].view(shape)
+    wide = x.detach().double().requires_grad_()
+    expected = wide.relu() * keep / (1 - p)
+    out = kernels.relu_dropout(x.T.contiguous().T, seed(), p)  # not contiguous
+    by = torch.randn(shape, device=DEVICE).to(dtype)
+    assert out.dtype == dtype
+    close(out, expected, dtype)
+    close(torch.autograd.grad((out * by).sum(), x)[0], torch.autograd.grad((expected * by).sum(), wide)[0], dtype)
+
+
+def test_masks_drop_the_share_they_should_and_differ_by_seed_row_and_column():
+    mask = reference.kept(SEED, 400, 500, 0.3)
+    assert abs(float(mask.double().mean()) - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5
+    for other in (reference.kept(SEED + 1, 400, 500, 0.3), mask.roll(1, 0), mask.roll(1, 1)):
+        agree = (mask == other).double().mean()
+        assert abs(float(agree) - 0.58) < 5 * (0.58 * 0.42 / mask.numel()) ** 0.5
+
+
+def test_the_operators_are_registered_completely():
+    x, branch = torch.randn(5, 16, device=DEVICE), torch.randn(5, 16, device=DEVICE, requires_grad=True)
+    weight = torch.rand(16, device=DEVICE)
+    torch.library.opcheck(kernels.add_norm, (x, branch, weight, seed(), 0.2, 1e-6, torch.float32))
+    torch.library.opcheck(kernels.relu_dropout, (branch, seed(), 0.2))
