@@ -12,9 +12,8 @@ from data.schemas import TokenizedSeqBatch
 from modules.embedding.id_embedder import SemIdEmbedder, UserEmbedder
 from modules.generation.trie import Trie
 from modules.pretrained import load_pretrained, save_pretrained
-from modules.transformer.attention import KeyValue
-from modules.transformer.model import Decoder, Encoder, KeyValueCache, MemoryView, TransformerConfig
-from ops.jagged import jagged_prepend, row_indices
+from modules.transformer.model import Decoder, Encoder, MemoryView, TransformerConfig
+from ops.jagged import JaggedTensor, jagged_prepend, row_indices
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
         nn.init.zeros_(self.encoder.bias.table.weight)
         nn.init.zeros_(self.decoder.bias.table.weight)
 
-    def memory(self, batch: TokenizedSeqBatch) -> list[KeyValue]:
-        """Encodes the histories once: each decoder layer's keys and values [B + T * L', H, D], rows of users."""
+    def memory(self, batch: TokenizedSeqBatch) -> list[JaggedTensor]:
+        """Encodes the histories once: each decoder layer's keys and values [B + T * L', 2, H, D], rows of users."""
         codes = batch.tokens.values.view(-1, len(self.level_sizes))
         embedded = self.code_embedder(codes).flatten(0, 1)  # [T * L', dim]
         history = jagged_prepend(self.user_embedder(batch.user), batch.tokens.with_values(embedded))
@@ -145,12 +144,12 @@ class EncoderDecoderRetrievalModel(nn.Module):
         return RetrievalLoss(level_losses.sum(), level_losses)
 
     def next_code(
-        self, codes: Tensor, memory: list[KeyValue], cache: list[KeyValueCache] | None
-    ) -> tuple[Tensor, list[KeyValueCache]]:
+        self, codes: Tensor, memory: list[JaggedTensor], cache: list[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Logits of the next level's codes, one step of generation.
 
         codes: [B, K, level], the prefix of each beam; K = 1 at level 0. cache: what the step before returned,
-        keys and values [B * K, level, H, D].
+        each layer's keys and values [B * K, level, 2, H, D].
         Returns logits [B, K, V_level] float32 and the new cache.
         """
         batch, beams, level = codes.shape
@@ -158,7 +157,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
             x = self.start.expand(batch, 1, -1)
         else:
             x = self.code_embedder(codes.view(batch * beams, level))[:, -1:]  # [B * K, 1, dim]
-        limits = memory[0].keys.lengths.repeat_interleave(beams)
+        limits = memory[0].lengths.repeat_interleave(beams)
         view = MemoryView(torch.arange(batch + 1, device=x.device) * beams, beams, limits)
         hidden, cache = self.decoder(x, memory, view, cache)
         logits = self._level_logits(hidden[:, 0], level).unflatten(0, (batch, beams))

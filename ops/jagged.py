@@ -117,8 +117,7 @@ def jagged_prepend(prefix: Tensor, rows: JaggedTensor) -> JaggedTensor:
 
 def jagged_attention(
     query: JaggedTensor,
-    key: JaggedTensor,
-    value: Tensor,
+    memory: JaggedTensor | None = None,
     bias: Tensor | None = None,
     key_limits: Tensor | None = None,
     causal: bool = False,
@@ -131,21 +130,23 @@ def jagged_attention(
     with i, j counted from the start of their rows (Vaswani et al. 2017, eq. 1; the bias is that of T5,
     Raffel et al. 2020, section 2.1, already looked up by distance). A query without keys gets zeros.
 
-    Shape: query.values [Tq, H, D], key.values and value [Tk, H, D], bias [H, 2R+1] -> values [Tq, H, D].
+    query: queries [Tq, H, D] that look at the keys and values of memory [Tk, 2, H, D]; without memory, self-attention:
+    the queries, keys and values [T, 3, H, D] of each token side by side, as one product makes them.
+    Shape: bias [H, 2R+1] -> values [Tq, H, D].
     key_limits: [Tq] integers; a query sees only the first `key_limits` keys of its row, and its place is that
     of the last of them. Without them it sees all keys of its row, or, if `causal`, keys 0 to i; its place is i.
-    dtype: scores and softmax accumulate in float32 or wider; the result has the dtype of `value`.
+    dtype: scores and softmax accumulate in float32 or wider; the result has the dtype of the values.
     """
     if causal and key_limits is not None:
         raise ValueError("jagged_attention takes key_limits or causal, not both.")
-    arguments = (query.values, key.values, value, query.offsets, key.offsets, query.max_length, key.max_length)
-    if has_kernel(value) and value.shape[2] <= 128:
+    keys = query if memory is None else memory
+    arguments = (query.offsets, keys.offsets, query.max_length, keys.max_length, bias, key_limits, causal, scale)
+    packed = (query.values, memory.values if memory is not None else None)
+    if has_kernel(query.values) and query.values.shape[-1] <= 128:
         from ops.triton.attention import attention
 
-        output, _ = attention(*arguments, bias, key_limits, causal, scale)
-    else:
-        output = reference.jagged_attention(*arguments, bias, key_limits, causal, scale)
-    return query.with_values(output)
+        return query.with_values(attention(*packed, *arguments)[0])
+    return query.with_values(reference.jagged_attention(*packed, *arguments))
 
 
 def has_kernel(values: Tensor) -> bool:

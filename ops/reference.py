@@ -47,8 +47,7 @@ def padded_to_jagged(padded: Tensor, offsets: Tensor, total: int) -> Tensor:
 
 def jagged_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    memory: Tensor | None,
     query_offsets: Tensor,
     key_offsets: Tensor,
     max_query: int,
@@ -62,6 +61,7 @@ def jagged_attention(
 
     Rows of similar length are padded together, so that short ones are not padded to the longest of all.
     """
+    query, key, value = query.unbind(1) if memory is None else (query, *memory.unbind(1))
     rows = query_offsets.shape[0] - 1
     # Few rows, hardly any padding, or a GPU, which the lengths of the groups would have to be asked for.
     if rows < 16 * GROUPS or key.shape[0] * 4 > rows * max_key * 3 or query.is_cuda:

@@ -38,6 +38,6 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
         before = codes.gather(1, parent[..., None].expand(-1, -1, level))
         codes = torch.cat([before, code.flatten(1).gather(1, best)[..., None]], -1)
         rows = (parent + torch.arange(users, device=device)[:, None] * logits.shape[1]).flatten()
-        cache = [(keys[rows], values[rows]) for keys, values in cache]
+        cache = [layer[rows] for layer in cache]
     items = trie.leaf_items[nodes].long().masked_fill(scores == float("-inf"), -1)
     return RankedItems(items, scores)

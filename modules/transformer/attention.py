@@ -1,20 +1,11 @@
 """Multi-head attention over jagged rows, and T5's relative-position bias."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ops.jagged import JaggedTensor, jagged_attention
-
-
-@dataclass(frozen=True)
-class KeyValue:
-    """What attention looks at: keys, values [T, H, D] with the same rows."""
-
-    keys: JaggedTensor
-    values: Tensor
 
 
 class RelativePositionBias(nn.Module):
@@ -44,8 +35,35 @@ class RelativePositionBias(nn.Module):
         return self.table(self.bucket).T
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """n_heads heads of head_dim; projections without bias."""
+
+    def __init__(self, dim: int, n_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim = n_heads, head_dim
+        self.query_key_value = nn.Linear(dim, 3 * n_heads * head_dim, bias=False)
+        self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
+
+    def forward(
+        self, x: JaggedTensor, bias: Tensor | None = None, causal: bool = False, past: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, dim], bias [H, 2R+1] -> [T, dim], and the tokens' keys and values [T, 2, H, D].
+
+        past: keys and values [S, P, 2, H, D] of what came before, where x is one token for each of S rows. They are
+        seen as well, and those returned, [S, P + 1, 2, H, D], include them.
+        """
+        packed = self.query_key_value(x.values).view(-1, 3, self.n_heads, self.head_dim)
+        scale, seen = self.head_dim**-0.5, packed[:, 1:]
+        if past is None:
+            attended = jagged_attention(x.with_values(packed), None, bias, None, causal, scale)
+        else:
+            seen = torch.cat([past, seen[:, None]], 1)
+            attended = jagged_attention(x.with_values(packed[:, 0]), JaggedTensor.uniform(seen), bias, scale=scale)
+        return self.out(attended.values.flatten(1)), seen
+
+
+class CrossAttention(nn.Module):
+    """Attention to the tokens of another sequence; heads and projections as in `SelfAttention`."""
 
     def __init__(self, dim: int, n_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -54,21 +72,12 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * n_heads * head_dim, bias=False)
         self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
 
-    def key_values(self, x: JaggedTensor) -> KeyValue:
-        """x [T, dim]."""
-        keys, values = self.key_value(x.values).view(-1, 2, self.n_heads, self.head_dim).unbind(1)
-        return KeyValue(x.with_values(keys), values)
+    def memory(self, x: JaggedTensor) -> JaggedTensor:
+        """The keys and values that `forward` looks at. Values [T, dim] -> [T, 2, H, D]."""
+        return x.with_values(self.key_value(x.values).view(-1, 2, self.n_heads, self.head_dim))
 
-    def forward(
-        self,
-        x: JaggedTensor,
-        memory: KeyValue,
-        bias: Tensor | None = None,
-        key_limits: Tensor | None = None,
-        causal: bool = False,
-    ) -> Tensor:
+    def forward(self, x: JaggedTensor, memory: JaggedTensor, bias: Tensor | None, key_limits: Tensor) -> Tensor:
         """x [T, dim], bias [H, 2R+1], key_limits [T] -> [T, dim]; see `ops.jagged.jagged_attention`."""
         query = x.with_values(self.query(x.values).view(-1, self.n_heads, self.head_dim))
-        scale = self.head_dim**-0.5
-        attended = jagged_attention(query, memory.keys, memory.values, bias, key_limits, causal, scale)
+        attended = jagged_attention(query, memory, bias, key_limits, scale=self.head_dim**-0.5)
         return self.out(attended.values.flatten(1))

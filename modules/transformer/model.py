@@ -1,12 +1,17 @@
-"""A T5-style encoder and decoder (Raffel et al. 2020): pre-normalized residual blocks over jagged rows."""
+"""A T5-style encoder and decoder (Raffel et al. 2020): pre-normalized residual blocks over jagged rows.
+
+A branch's sum into the residual stream and the next branch's normalization are one operation, `AddNorm`, so a block
+takes the stream and its normalization and returns both for the block after it.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from modules.transformer.attention import Attention, KeyValue, RelativePositionBias
+from modules.transformer.attention import CrossAttention, RelativePositionBias, SelfAttention
 from ops.jagged import JaggedTensor
+from ops.residual import add_norm, relu_dropout
 
 
 @dataclass(frozen=True)
@@ -19,9 +24,6 @@ class TransformerConfig:
     n_heads: int
     head_dim: int
     dropout: float
-
-
-KeyValueCache = tuple[Tensor, Tensor]  # keys and values [S, P, H, D]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,19 @@ class MemoryView:
         return JaggedTensor(x.flatten(0, 1), self.offsets * length, self.max_sequences * length)
 
 
+class AddNorm(nn.Module):
+    """hidden = x + dropout(branch), and its normalization by the root mean square; see `ops.residual.add_norm`."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.dim))
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor | None, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """x (None at the start of the stream), branch [T, dim] -> hidden, normed [T, dim]."""
+        return add_norm(x, branch, self.weight, self.dropout if self.training else 0.0)
+
+
 class FeedForward(nn.Module):
     """[T, dim] -> [T, dim]."""
 
@@ -49,10 +64,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.wide = nn.Linear(config.dim, config.ff_dim, bias=False)
         self.narrow = nn.Linear(config.ff_dim, config.dim, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.narrow(self.dropout(self.wide(x).relu()))
+        return self.narrow(relu_dropout(self.wide(x), self.dropout if self.training else 0.0))
 
 
 class EncoderBlock(nn.Module):
@@ -60,23 +75,21 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.attention = Attention(config.dim, config.n_heads, config.head_dim)
-        self.ff_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.attention = SelfAttention(config.dim, config.n_heads, config.head_dim)
+        self.ff_norm = AddNorm(config)
         self.ff = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.out_norm = AddNorm(config)
 
-    def forward(self, x: JaggedTensor, bias: Tensor, causal: bool) -> JaggedTensor:
-        """x [T, dim], bias [H, 2R+1]."""
-        normed = x.with_values(self.attention_norm(x.values))
-        attended = self.attention(normed, self.attention.key_values(normed), bias, causal=causal)
-        hidden = x.values + self.dropout(attended)
-        hidden = hidden + self.dropout(self.ff(self.ff_norm(hidden)))
-        return x.with_values(hidden)
+    def forward(self, hidden: Tensor, normed: JaggedTensor, bias: Tensor, causal: bool) -> tuple[Tensor, JaggedTensor]:
+        """hidden, normed [T, dim], bias [H, 2R+1] -> hidden, normed."""
+        attended, _ = self.attention(normed, bias, causal)
+        hidden, values = self.ff_norm(hidden, attended)
+        hidden, values = self.out_norm(hidden, self.ff(values))
+        return hidden, normed.with_values(values)
 
 
 class Encoder(nn.Module):
-    """n_layers blocks and a final normalization. The position bias is shared by all layers.
+    """n_layers blocks. The position bias is shared by all layers.
 
     causal: a token sees only itself and those before it.
     """
@@ -85,17 +98,18 @@ class Encoder(nn.Module):
         super().__init__()
         self.causal = causal
         self.bias = RelativePositionBias(config.n_heads, bidirectional=not causal)
+        self.input_norm = AddNorm(config)
         self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(n_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: JaggedTensor) -> JaggedTensor:
-        """x [T, dim] -> [T, dim]."""
+        """x [T, dim] -> [T, dim], normalized."""
         bias = self.bias()
-        x = x.with_values(self.dropout(x.values))
+        hidden, values = self.input_norm(None, x.values)
+        normed = x.with_values(values)
         for block in self.blocks:
-            x = block(x, bias, self.causal)
-        return x.with_values(self.dropout(self.norm(x.values)))
+            hidden, normed = block(hidden, normed, bias, self.causal)
+        return normed.with_values(self.dropout(normed.values))
 
 
 class DecoderBlock(nn.Module):
@@ -103,39 +117,38 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.attention = Attention(config.dim, config.n_heads, config.head_dim)
-        self.cross_norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.cross_attention = Attention(config.dim, config.n_heads, config.head_dim)
-        self.ff_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.attention = SelfAttention(config.dim, config.n_heads, config.head_dim)
+        self.cross_norm = AddNorm(config)
+        self.cross_attention = CrossAttention(config.dim, config.n_heads, config.head_dim)
+        self.ff_norm = AddNorm(config)
         self.ff = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.out_norm = AddNorm(config)
 
     def forward(
-        self, x: Tensor, memory: KeyValue, view: MemoryView, bias: Tensor, past: KeyValueCache | None = None
-    ) -> tuple[Tensor, KeyValueCache]:
-        """The last M positions of S sequences, where some sequences belong to each user.
+        self,
+        hidden: Tensor,
+        normed: JaggedTensor,
+        users: JaggedTensor,
+        memory: JaggedTensor,
+        key_limits: Tensor,
+        bias: Tensor,
+        past: Tensor | None,
+    ) -> tuple[Tensor, JaggedTensor, Tensor]:
+        """The last M positions of S sequences; see `Decoder.forward`.
 
-        x: [S, M, dim]. bias: [H, 2R+1], of the memory's tokens.
-        past: keys and values [S, P, H, D] of the P positions before. Either P = 0 or M = 1.
-        Returns x and the keys and values of all P + M positions.
+        hidden, normed [S * M, dim], rows of sequences; users: the same positions as rows of users; bias [H, 2R+1], of
+        the memory's tokens. -> hidden, normed, and the keys and values that a later position needs.
         """
-        rows = JaggedTensor.uniform(self.attention_norm(x))
-        own = self.attention.key_values(rows)
-        keys = own.keys.values.unflatten(0, x.shape[:2])  # [S, M, H, D]
-        values = own.values.unflatten(0, x.shape[:2])
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], 1), torch.cat([past[1], values], 1)
-        seen = KeyValue(JaggedTensor.uniform(keys), values.flatten(0, 1))
-        hidden = x + self.dropout(self.attention(rows, seen, causal=x.shape[1] > 1)).view_as(x)
-        rows = view.rows(self.cross_norm(hidden))
-        attended = self.cross_attention(rows, memory, bias, view.key_limits)
-        hidden = hidden + self.dropout(attended).view_as(x)
-        return hidden + self.dropout(self.ff(self.ff_norm(hidden))), (keys, values)
+        attended, seen = self.attention(normed, causal=normed.max_length > 1, past=past)
+        hidden, values = self.cross_norm(hidden, attended)
+        attended = self.cross_attention(users.with_values(values), memory, bias, key_limits)
+        hidden, values = self.ff_norm(hidden, attended)
+        hidden, values = self.out_norm(hidden, self.ff(values))
+        return hidden, normed.with_values(values), seen
 
 
 class Decoder(nn.Module):
-    """n_layers blocks and a final normalization.
+    """n_layers blocks.
 
     Unlike T5's, its self-attention over the few codes of one item has no position bias (each level has vectors of
     its own), and its attention to the memory has a position bias (shared by all layers) by how far a token lies
@@ -145,20 +158,27 @@ class Decoder(nn.Module):
     def __init__(self, config: TransformerConfig, n_layers: int) -> None:
         super().__init__()
         self.bias = RelativePositionBias(config.n_heads, bidirectional=False)
+        self.input_norm = AddNorm(config)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(n_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.dropout = nn.Dropout(config.dropout)
 
-    def memory(self, encoded: JaggedTensor) -> list[KeyValue]:
-        """Each layer's keys and values of the encoded history [T, dim], computed once per user."""
-        return [block.cross_attention.key_values(encoded) for block in self.blocks]
+    def memory(self, encoded: JaggedTensor) -> list[JaggedTensor]:
+        """Each layer's keys and values [T, 2, H, D] of the encoded history [T, dim], computed once per user."""
+        return [block.cross_attention.memory(encoded) for block in self.blocks]
 
     def forward(
-        self, x: Tensor, memory: list[KeyValue], view: MemoryView, past: list[KeyValueCache] | None = None
-    ) -> tuple[Tensor, list[KeyValueCache]]:
-        """x [S, M, dim] -> the same shape, and each layer's keys and values; see `DecoderBlock.forward`."""
-        x, cache, bias = self.dropout(x), [], self.bias()
+        self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, past: list[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last M positions of S sequences, where some sequences belong to each user.
+
+        x: [S, M, dim]. past: each layer's keys and values [S, P, 2, H, D] of the P positions before, where M = 1.
+        Returns the normalized stream [S, M, dim] and each layer's keys and values [S, P + M, 2, H, D].
+        """
+        normed, users, bias = JaggedTensor.uniform(x), view.rows(x), self.bias()
+        hidden, values = self.input_norm(None, normed.values)
+        normed, cache = normed.with_values(values), []
         for i, block in enumerate(self.blocks):
-            x, seen = block(x, memory[i], view, bias, past[i] if past is not None else None)
-            cache.append(seen)
-        return self.dropout(self.norm(x)), cache
+            layer = (memory[i], view.key_limits, bias, past[i] if past is not None else None)
+            hidden, normed, seen = block(hidden, normed, users, *layer)
+            cache.append(seen if past is not None else seen.unflatten(0, x.shape[:2]))
+        return self.dropout(normed.values).view(x.shape), cache

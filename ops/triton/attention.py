@@ -10,6 +10,7 @@ from ops.triton.attention_kernels import (
     LIMITS,
     backward_key_kernel,
     backward_query_kernel,
+    backward_rows_kernel,
     bias_table_kernel,
     forward_kernel,
     sum_diagonals_kernel,
@@ -68,6 +69,11 @@ def _bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[
     return table, table.stride(0), radius, reach
 
 
+def _parts(query: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, views [T, H, D]."""
+    return query.unbind(1) if memory is None else (query, *memory.unbind(1))
+
+
 def _addressable(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Heads of a token back to back, as the kernels address them."""
     return tuple(t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in tensors)
@@ -76,8 +82,7 @@ def _addressable(*tensors: Tensor) -> tuple[Tensor, ...]:
 @torch.library.custom_op("jagged::attention", mutates_args=())
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    memory: Tensor | None,
     query_offsets: Tensor,
     key_offsets: Tensor,
     max_query: int,
@@ -89,9 +94,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.jagged.jagged_attention`. Returns out [Tq, H, D] and lse [Tq, H] float32, in units of log 2.
 
-    query, key, value: float32, float16 or bfloat16, all alike; D at most 128.
+    query, memory: float32, float16 or bfloat16, both alike; D at most 128.
     """
-    query, key, value = _addressable(query, key, value)
+    query, key, value = _addressable(*_parts(query, memory))
     query_offsets, key_offsets = query_offsets.contiguous(), key_offsets.contiguous()
     key_limits = key_limits.contiguous() if key_limits is not None else None
     total, heads, _ = query.shape
@@ -113,17 +118,17 @@ def attention(
 
 
 @attention.register_fake
-def _(query, key, value, query_offsets, key_offsets, max_query, max_key, bias=None, key_limits=None, causal=False,
+def _(query, memory, query_offsets, key_offsets, max_query, max_key, bias=None, key_limits=None, causal=False,
       scale=1.0):  # fmt: skip
-    return value.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+    query = _parts(query, memory)[0]
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("jagged::attention_backward", mutates_args=())
 def attention_backward(
     grad_out: Tensor,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    memory: Tensor | None,
     out: Tensor,
     lse: Tensor,
     query_offsets: Tensor,
@@ -135,13 +140,15 @@ def attention_backward(
     causal: bool,
     scale: float,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias [H, 2R+1] float32 (empty without `bias_grad`)."""
-    query, key, value, grad_out = _addressable(query, key, value, grad_out)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, memory (empty without it) and bias [H, 2R+1] float32 (empty without `bias_grad`)."""
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, memory) if t is not None]
+    grad_query, grad_key, grad_value = _parts(grads[0], grads[1] if memory is not None else None)
+    grads = grads if memory is not None else [*grads, query.new_empty(0)]
+    query, key, value, grad_out = _addressable(*_parts(query, memory), grad_out)
     query_offsets, key_offsets = query_offsets.contiguous(), key_offsets.contiguous()
     key_limits = key_limits.contiguous() if key_limits is not None else None
     total, heads, _ = query.shape
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, key, value)]
     delta = torch.empty_like(lse)
     rows = query_offsets.shape[0] - 1
     constants = _constants(query, max_query, max_key, bias, key_limits, causal)
@@ -149,26 +156,40 @@ def attention_backward(
     distances = triton.next_power_of_2(2 * radius + 1)
     most, block = MAX_PARTS if bias_grad else MAX_PROGRAMS, constants["BLOCK_M"]
     grid, work, pieces = _launch(rows, heads, max_query, block, most)
+    k_grid, k_work, k_pieces = _launch(rows, heads, max_key, constants["BLOCK_N"], MAX_PROGRAMS)
     blocks = (2 * reach + 1) * block**2
     width = blocks + 2 * block if constants["TILED"] else bias_stride
     parts = lse.new_zeros(grid[0] // heads, heads, width) if bias_grad else lse.new_empty(0)
-    if total and rows:
-        backward_query_kernel[grid](
-            query, key, value, table, key_limits, out, lse, grad_out, delta, grads[0], parts,
+    options = constants | {
+        "BIAS_GRAD": bias_grad, "FAR": max(max_query, max_key) > (reach + 1) * block, "WIDTH": distances
+    }  # fmt: skip
+    whole = pieces == k_pieces == 1 and block == constants["BLOCK_N"] == 16  # rows short enough for one program each
+    if whole and rows:
+        partial = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+        backward_rows_kernel[grid](
+            query, key, value, table, key_limits, out, lse, grad_out, delta, grad_query,
+            partial, grad_key, grad_value, parts,
             query_offsets, key_offsets,
-            query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grads[0].stride(0),
-            heads, work, pieces, bias_stride, radius, reach, scale, width,
-            BIAS_GRAD=bias_grad, FAR=max(max_query, max_key) > (reach + 1) * block,
-            WIDTH=distances, **constants,
+            query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grad_query.stride(0),
+            grad_key.stride(0), grad_value.stride(0),
+            heads, work, bias_stride, radius, reach, scale, width,
+            **options,
         )  # fmt: skip
-    if key.shape[0] and rows:
-        grid, work, pieces = _launch(rows, heads, max_key, constants["BLOCK_N"], MAX_PROGRAMS)
-        backward_key_kernel[grid](
-            query, key, value, table, key_limits, lse, grad_out, delta, grads[1], grads[2],
+    if total and rows and not whole:
+        backward_query_kernel[grid](
+            query, key, value, table, key_limits, out, lse, grad_out, delta, grad_query, parts,
             query_offsets, key_offsets,
-            query.stride(0), key.stride(0), value.stride(0), grad_out.stride(0), grads[1].stride(0),
-            grads[2].stride(0),
-            heads, work, pieces, bias_stride, radius, reach, scale,
+            query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grad_query.stride(0),
+            heads, work, pieces, bias_stride, radius, reach, scale, width,
+            **options,
+        )  # fmt: skip
+    if key.shape[0] and rows and not whole:
+        backward_key_kernel[k_grid](
+            query, key, value, table, key_limits, lse, grad_out, delta, grad_key, grad_value,
+            query_offsets, key_offsets,
+            query.stride(0), key.stride(0), value.stride(0), grad_out.stride(0), grad_key.stride(0),
+            grad_value.stride(0),
+            heads, k_work, k_pieces, bias_stride, radius, reach, scale,
             **constants,
         )  # fmt: skip
     if not bias_grad:
@@ -182,29 +203,29 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad_out, query, key, value, out, lse, query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal,
+def _(grad_out, query, memory, out, lse, query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal,
       scale, bias_grad):  # fmt: skip
     grad_bias = lse.new_empty(bias.shape) if bias_grad else lse.new_empty(0)
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_bias
+    return query.new_empty(query.shape), query.new_empty(memory.shape if memory is not None else 0), grad_bias
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, key, value, query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal, scale = inputs
-    out, lse = output
-    ctx.save_for_backward(query, key, value, out, lse, query_offsets, key_offsets, bias, key_limits)
+    query, memory, query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal, scale = inputs
+    ctx.save_for_backward(query, memory, *output, query_offsets, key_offsets, bias, key_limits)
     ctx.options = (max_query, max_key, causal, scale)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    query, key, value, out, lse, query_offsets, key_offsets, bias, key_limits = ctx.saved_tensors
+    query, memory, out, lse, query_offsets, key_offsets, bias, key_limits = ctx.saved_tensors
     max_query, max_key, causal, scale = ctx.options
-    bias_grad = bias is not None and ctx.needs_input_grad[7]
-    dq, dk, dv, dbias = attention_backward(
-        grad_out, query, key, value, out, lse, query_offsets, key_offsets, max_query, max_key, bias, key_limits,
+    bias_grad = bias is not None and ctx.needs_input_grad[6]
+    grad_query, grad_memory, grad_bias = attention_backward(
+        grad_out, query, memory, out, lse, query_offsets, key_offsets, max_query, max_key, bias, key_limits,
         causal, scale, bias_grad,
     )  # fmt: skip
-    dbias = dbias.to(bias.dtype) if bias_grad else None
-    return dq, dk, dv, None, None, None, None, dbias, None, None, None
+    grad_memory = grad_memory if memory is not None else None
+    grad_bias = grad_bias.to(bias.dtype) if bias_grad else None
+    return grad_query, grad_memory, None, None, None, None, grad_bias, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,7 +1,8 @@
 """The elementwise work between two matrix products of a transformer block, in one pass over memory.
 
-    hidden = x + dropout(branch),   normed = weight * hidden / sqrt(mean(hidden^2) + eps)      (Zhang and Sennrich 2019, eq. 4)
+    hidden = x + dropout(branch),   normed = weight * hidden / sqrt(mean(hidden^2) + eps)
 
+(Zhang and Sennrich 2019, eq. 4.)
 Forward reads x and branch and writes hidden and normed; backward reads both gradients and hidden and writes the
 gradients of x and branch. Each is bound by those bytes. Masks are not stored: both directions draw them from a seed.
 """
@@ -55,7 +56,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    hidden, weight, seed, grad_hidden, grad_normed, grad_x, grad_branch, parts, n_rows, width, threshold, kept_scale, eps,
+    hidden, weight, seed, grad_hidden, grad_normed, grad_x, grad_branch, parts,
+    n_rows, width, threshold, kept_scale, eps,
     HAS_X: tl.constexpr, HAS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With y = hidden * s, s = 1 / sqrt(mean(hidden^2) + eps), g = grad_normed * weight:

@@ -1,12 +1,13 @@
 """Small catalogues, batches from lists, and a padded twin of the retriever."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from data.schemas import TokenizedSeqBatch
 from modules.model import EncoderDecoderRetrievalModel
-from modules.transformer.attention import RelativePositionBias
+from modules.transformer.attention import RelativePositionBias, SelfAttention
+from modules.transformer.model import AddNorm
 from ops.jagged import JaggedTensor
 
 
@@ -43,15 +44,19 @@ def make_batch(codes: Tensor, histories: list[list[int]], targets: list[list[int
 def dense_attention(layer, x: Tensor, memory: Tensor, visible: Tensor, bias: Tensor | float = 0.0) -> Tensor:
     """x [B, Q, dim], memory [B, K, dim], visible [B, Q, K] bool, bias [B or 1, H, Q, K] -> [B, Q, dim]."""
     heads, width = layer.n_heads, layer.n_heads * layer.head_dim
-    query = (x @ layer.query.weight.T).unflatten(-1, (heads, -1))
-    key, value = ((memory @ part.T).unflatten(-1, (heads, -1)) for part in layer.key_value.weight.split(width))
+    if isinstance(layer, SelfAttention):
+        matrices = layer.query_key_value.weight.split(width)
+    else:
+        matrices = (layer.query.weight, *layer.key_value.weight.split(width))
+    inputs = zip((x, memory, memory), matrices, strict=True)
+    query, key, value = ((rows @ matrix.T).unflatten(-1, (heads, -1)) for rows, matrix in inputs)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / layer.head_dim**0.5 + bias
     weights = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2) @ layer.out.weight.T
 
 
-def dense_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+def dense_norm(norm: AddNorm, x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
 
 
 def dense_ff(block, x: Tensor) -> Tensor:
@@ -78,11 +83,13 @@ def dense_encoder(model: EncoderDecoderRetrievalModel, codes: Tensor, histories,
     if model.causal_encoder:
         visible = visible & (place <= place[:, None])
     bias = dense_bias(model.encoder.bias, (place - place[:, None])[None], not model.causal_encoder)
+    norm = model.encoder.input_norm
     for block in model.encoder.blocks:
-        normed = dense_norm(block.attention_norm, x)
+        normed = dense_norm(norm, x)
         x = x + dense_attention(block.attention, normed, normed, visible, bias)
         x = x + dense_ff(block, x)
-    return dense_norm(model.encoder.norm, x), real
+        norm = block.out_norm
+    return dense_norm(norm, x), real
 
 
 def dense_logits(model: EncoderDecoderRetrievalModel, codes: Tensor, histories, targets, users) -> list[Tensor]:
@@ -101,12 +108,14 @@ def dense_logits(model: EncoderDecoderRetrievalModel, codes: Tensor, histories, 
     before = model.code_embedder(target_codes)[:, :-1]
     x = torch.cat([model.start.expand(len(before), 1, -1), before], 1)
     causal = torch.ones(levels, levels, dtype=torch.bool).tril().expand(len(x), -1, -1)
+    norm = model.decoder.input_norm
     for block in model.decoder.blocks:
-        normed = dense_norm(block.attention_norm, x)
+        normed = dense_norm(norm, x)
         x = x + dense_attention(block.attention, normed, normed, causal)
         x = x + dense_attention(block.cross_attention, dense_norm(block.cross_norm, x), memory, visible, bias)
         x = x + dense_ff(block, x)
-    logits = dense_norm(model.decoder.norm, x) @ model.head.weight.T  # [P, L', sum of the level sizes]
+        norm = block.out_norm
+    logits = dense_norm(norm, x) @ model.head.weight.T  # [P, L', sum of the level sizes]
     starts = [sum(model.level_sizes[:level]) for level in range(levels)]
     return [logits[:, n, start : start + model.level_sizes[n]] for n, start in enumerate(starts)]
 

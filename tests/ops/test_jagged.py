@@ -96,13 +96,18 @@ def attention_by_row(query, key, value, bias, key_limits, scale) -> Tensor:
     return torch.stack(outputs)
 
 
+def pair(key: JaggedTensor, value: Tensor) -> JaggedTensor:
+    """Keys and values side by side."""
+    return key.with_values(torch.stack([key.values, value], 1))
+
+
 def check_attention(query, key, bias=None, key_limits=None, scale=0.7) -> Tensor:
     """Output and gradients of q, k, v and bias agree with `attention_by_row`; returns the output."""
     value = torch.randn(key.values.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     leaves = [query.values, key.values, value] + ([bias] if bias is not None else [])
     for leaf in leaves:
         leaf.requires_grad_()
-    attended = jagged_attention(query, key, value, bias, key_limits, scale=scale)
+    attended = jagged_attention(query, pair(key, value), bias, key_limits, scale=scale)
     assert torch.equal(attended.offsets, query.offsets) and attended.max_length == query.max_length
     expected = attention_by_row(query, key, value, bias, key_limits, scale)
     torch.testing.assert_close(attended.values, expected, rtol=1e-10, atol=1e-12)
@@ -145,13 +150,17 @@ def test_attention_over_many_rows_of_all_lengths(limited):
 def test_causal_self_attention(lengths):
     rows = random_rows(lengths, HEADS, DIM)
     bias = torch.randn(HEADS, 7, dtype=torch.float64)
-    key = rows.with_values(rows.values.detach().clone())
+    packed = torch.randn(sum(lengths), 3, HEADS, DIM, dtype=torch.float64)
+    query, key, value = packed.unbind(1)
     places = rows.positions() + 1
-    expected = check_attention(rows, key, bias, places)
-    out = jagged_attention(rows, key, key.values, bias, causal=True).values
-    assert (
-        torch.equal(out, jagged_attention(rows, key, key.values, bias, places).values) and expected.shape == out.shape
-    )
+    packed.requires_grad_()
+    out = jagged_attention(rows.with_values(packed), None, bias, causal=True).values
+    leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+    expected = jagged_attention(rows.with_values(leaves[0]), pair(rows.with_values(leaves[1]), leaves[2]), bias, places)
+    assert torch.equal(out, expected.values)
+    grads = torch.autograd.grad(out.square().sum(), packed)[0].unbind(1)
+    theirs = torch.autograd.grad(expected.values.square().sum(), leaves)
+    assert all(torch.equal(*pair) for pair in zip(grads, theirs, strict=True))
 
 
 @pytest.mark.parametrize(("keys", "limits"), [([0, 0], None), ([0, 3], None), ([2, 3], [0, 0, 0]), ([0, 3], [1, 0, 2])])
@@ -162,7 +171,7 @@ def test_queries_without_keys_get_zeros_and_finite_gradients(keys, limits, size)
     value, bias = torch.randn_like(key.values), torch.zeros(HEADS, 3)
     leaves = [leaf.requires_grad_() for leaf in (query.values, key.values, value, bias)]
     limits = torch.tensor(limits) if limits is not None else None
-    out = jagged_attention(query, key, value, bias, limits).values
+    out = jagged_attention(query, pair(key, value), bias, limits).values
     seen = torch.tensor([keys[0], keys[0], keys[1]])
     blind = (seen if limits is None else torch.minimum(seen, limits)) == 0
     assert bool(blind.any()) and not out[blind].any() and bool(out[~blind].any(-1).all())
@@ -177,7 +186,7 @@ def test_attention_gradients_are_those_of_finite_differences():
     limits = torch.tensor([1, 3, 2])
 
     def attend(q, k, v, b):
-        return jagged_attention(queries.with_values(q), keys.with_values(k), v, b, limits, scale=0.5).values
+        return jagged_attention(queries.with_values(q), pair(keys.with_values(k), v), b, limits, scale=0.5).values
 
     leaves = [leaf.requires_grad_() for leaf in (queries.values, keys.values, value, bias)]
     assert torch.autograd.gradcheck(attend, leaves)
@@ -186,9 +195,9 @@ def test_attention_gradients_are_those_of_finite_differences():
 def test_rows_do_not_see_each_other():
     query, key = random_rows([3, 2], HEADS, DIM), random_rows([2, 4], HEADS, DIM, seed=1)
     value = torch.randn_like(key.values)
-    before = jagged_attention(query, key, value).values
+    before = jagged_attention(query, pair(key, value)).values
     poisoned = key.with_values(torch.cat([key.values[:2], torch.full_like(key.values[2:], float("nan"))]))
-    after = jagged_attention(query, poisoned, value).values
+    after = jagged_attention(query, pair(poisoned, value)).values
     assert torch.equal(after[:3], before[:3]) and bool(after[3:].isnan().all())
 
 
@@ -199,7 +208,7 @@ def test_scores_and_softmax_of_half_precision_accumulate_in_float32(dtype, loud)
     query, key = (random_rows([40, 3], HEADS, 64, seed=i, dtype=torch.float32) for i in range(2))
     query, key = (rows.with_values((rows.values * loud).to(dtype)) for rows in (query, key))
     value = torch.randn(key.values.shape).to(dtype)
-    out = jagged_attention(query, key, value, scale=1 / 8).values
+    out = jagged_attention(query, pair(key, value), scale=1 / 8).values
     wide = [rows.with_values(rows.values.double()) for rows in (query, key)]
     exact = attention_by_row(*wide, value.double(), None, None, 1 / 8)
     assert out.dtype == dtype
@@ -209,6 +218,6 @@ def test_scores_and_softmax_of_half_precision_accumulate_in_float32(dtype, loud)
 def test_scores_may_exceed_the_largest_float16():
     q = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)
     k = torch.cat([q, q + 1], 1)  # scores of 102400 and 104960 before they are scaled
-    v = torch.tensor([[[0.0]], [[1.0]]], dtype=torch.float16)
-    out = jagged_attention(JaggedTensor.uniform(q), JaggedTensor.uniform(k), v, scale=1e-3).values
-    assert float(out) == pytest.approx(1 / (1 + math.exp(-2.56)), abs=1e-3)
+    v = torch.tensor([0.0, 1.0], dtype=torch.float16)[:, None, None].expand(2, 1, 64)
+    out = jagged_attention(JaggedTensor.uniform(q), pair(JaggedTensor.uniform(k), v), scale=1e-3).values
+    assert float(out[0, 0, 0]) == pytest.approx(1 / (1 + math.exp(-2.56)), abs=1e-3)

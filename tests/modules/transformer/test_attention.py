@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from modules.transformer.attention import Attention, RelativePositionBias
+from modules.transformer.attention import CrossAttention, RelativePositionBias, SelfAttention
 from ops.jagged import JaggedTensor
 
 
@@ -31,24 +31,38 @@ def test_beyond_the_largest_distance_t5_uses_the_last_bucket_too(bidirectional):
 def test_attention_is_that_of_torch_row_by_row(causal):
     torch.manual_seed(0)
     heads, dim, lengths = 3, 12, [4, 1, 6]
-    attention = Attention(dim, heads, dim // heads).double()
+    own, cross = (kind(dim, heads, dim // heads).double() for kind in (SelfAttention, CrossAttention))
     oracle = nn.MultiheadAttention(dim, heads, bias=False, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
-        oracle.in_proj_weight.copy_(torch.cat([attention.query.weight, attention.key_value.weight]))
-        oracle.out_proj.weight.copy_(attention.out.weight)
+        oracle.in_proj_weight.copy_(own.query_key_value.weight)
+        oracle.out_proj.weight.copy_(own.out.weight)
+        cross.query.weight.copy_(own.query_key_value.weight[:dim])
+        cross.key_value.weight.copy_(own.query_key_value.weight[dim:])
+        cross.out.weight.copy_(own.out.weight)
     rows = [torch.randn(length, dim, dtype=torch.float64) for length in lengths]
     x = JaggedTensor.from_rows(rows)
-    limits = x.positions() + 1 if causal else None
-    attended = attention(x, attention.key_values(x), key_limits=limits).split(lengths)
-    for row, out in zip(rows, attended, strict=True):
-        mask = torch.ones(len(row), len(row), dtype=torch.bool).triu(1) if causal else None
-        expected, _ = oracle(row[None], row[None], row[None], attn_mask=mask)
-        torch.testing.assert_close(out, expected[0], rtol=1e-10, atol=1e-10)
+    limits = x.positions() + 1 if causal else torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))
+    for attended in (own(x, causal=causal)[0], cross(x, cross.memory(x), None, limits)):
+        for row, out in zip(rows, attended.split(lengths), strict=True):
+            mask = torch.ones(len(row), len(row), dtype=torch.bool).triu(1) if causal else None
+            expected, _ = oracle(row[None], row[None], row[None], attn_mask=mask)
+            torch.testing.assert_close(out, expected[0], rtol=1e-10, atol=1e-10)
+
+
+def test_a_token_sees_what_came_before_it():
+    attention = SelfAttention(4, n_heads=3, head_dim=5).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    whole, seen = attention(JaggedTensor.uniform(x), causal=True)
+    _, past = attention(JaggedTensor.uniform(x[:, :2]), causal=True)
+    last, all_seen = attention(JaggedTensor.uniform(x[:, 2:]), past=past.unflatten(0, (2, 2)))
+    assert all_seen.shape == (2, 3, 2, 3, 5)
+    torch.testing.assert_close(all_seen.flatten(0, 1), seen)
+    torch.testing.assert_close(last, whole.view(2, 3, 4)[:, 2])
 
 
 def test_heads_may_be_wider_than_the_model():
-    attention = Attention(4, n_heads=3, head_dim=5)
+    own, cross = (kind(4, n_heads=3, head_dim=5) for kind in (SelfAttention, CrossAttention))
     x = JaggedTensor.from_rows([torch.randn(2, 4), torch.randn(3, 4)])
-    memory = attention.key_values(x)
-    assert memory.keys.values.shape == memory.values.shape == (5, 3, 5)
-    assert attention(x, memory).shape == (5, 4)
+    memory = cross.memory(x)
+    assert memory.values.shape == (5, 2, 3, 5)
+    assert own(x)[0].shape == cross(x, memory, None, torch.full((5,), 2)).shape == (5, 4)

@@ -3,6 +3,7 @@
 import torch
 from transformers import T5Config, T5Model
 
+from modules.transformer.attention import SelfAttention
 from modules.transformer.model import Decoder, Encoder, MemoryView, TransformerConfig
 from ops.jagged import JaggedTensor
 
@@ -25,8 +26,11 @@ def random_rows(lengths: list[int]) -> JaggedTensor:
 
 
 def copy_attention(layer, oracle) -> None:
-    key, value = layer.key_value.weight.chunk(2)
-    oracle.q.weight.copy_(layer.query.weight * CONFIG.head_dim**-0.5)  # T5 leaves the scores unscaled
+    if isinstance(layer, SelfAttention):
+        query, key, value = layer.query_key_value.weight.chunk(3)
+    else:
+        query, key, value = layer.query.weight, *layer.key_value.weight.chunk(2)
+    oracle.q.weight.copy_(query * CONFIG.head_dim**-0.5)  # T5 leaves the scores unscaled
     oracle.k.weight.copy_(key)
     oracle.v.weight.copy_(value)
     oracle.o.weight.copy_(layer.out.weight)
@@ -40,11 +44,13 @@ def copy_ff(block, oracle) -> None:
 
 def copy_self_attention(stack, blocks) -> None:
     """Self-attention, feed-forward and the final normalization of all layers."""
+    norm = blocks.input_norm
     for block, twin in zip(blocks.blocks, stack.block, strict=True):
-        twin.layer[0].layer_norm.weight.copy_(block.attention_norm.weight)
+        twin.layer[0].layer_norm.weight.copy_(norm.weight)
+        norm = block.out_norm
         copy_attention(block.attention, twin.layer[0].SelfAttention)
         copy_ff(block, twin.layer[-1])
-    stack.final_layer_norm.weight.copy_(blocks.norm.weight)
+    stack.final_layer_norm.weight.copy_(norm.weight)
 
 
 def t5() -> T5Model:
@@ -110,9 +116,8 @@ def test_decoding_step_by_step_is_decoding_at_once():
         view = MemoryView(offsets, 3, limits[:, step].contiguous())
         out, cache = decoder(x[:, step : step + 1], memory, view, cache)
         torch.testing.assert_close(out[:, 0], whole[:, step], rtol=1e-10, atol=1e-10)
-    for (keys, values), (all_keys, all_values) in zip(cache, seen, strict=True):
-        torch.testing.assert_close(keys, all_keys)
-        torch.testing.assert_close(values, all_values)
+    for stepped, at_once in zip(cache, seen, strict=True):
+        torch.testing.assert_close(stepped, at_once)
 
 
 def test_each_sequence_looks_at_what_it_may_see_of_its_user_and_from_there():

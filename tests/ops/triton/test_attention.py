@@ -27,7 +27,10 @@ def noise(*shape: int) -> torch.Tensor:
 def both(queries, keys, mask, radius, dtype, heads=2, dim=16, scale=0.3):
     """Output and gradients of q, k, v and bias: of the twin in float64, and of the kernels."""
     offsets = [torch.tensor([0, *lengths], device=DEVICE).cumsum(0) for lengths in (queries, keys)]
-    tensors = [noise(sum(queries), heads, dim), noise(sum(keys), 2, heads, dim)]
+    own = queries == keys and mask != "limits"  # self-attention
+    tensors = [noise(sum(queries), 3, heads, dim)]
+    if not own:
+        tensors = [noise(sum(queries), heads, dim), noise(sum(keys), 2, heads, dim)]
     bias = noise(heads, 2 * radius + 1) if radius is not None else None
     limits = None
     if mask == "limits":  # some beyond the end of the row, which is as good as its end
@@ -37,9 +40,9 @@ def both(queries, keys, mask, radius, dtype, heads=2, dim=16, scale=0.3):
     for function in (reference.jagged_attention, attention):
         wide = function is not attention
         leaves = [t.to(dtype).to(torch.float64 if wide else dtype).requires_grad_() for t in tensors]
-        key, value = leaves[1].unbind(1)  # as the model's fused projection leaves them: not contiguous
+        packed = leaves if not own else [*leaves, None]
         b = bias.float().to(torch.float64 if wide else torch.float32).requires_grad_() if radius is not None else None
-        out = function(leaves[0], key, value, *offsets, max(queries), max(keys), b, limits, mask == "causal", scale)
+        out = function(*packed, *offsets, max(queries), max(keys), b, limits, mask == "causal", scale)
         out = out if wide else out[0]
         assert out.dtype == leaves[0].dtype
         wanted = leaves + ([b] if radius is not None else [])
@@ -92,17 +95,18 @@ def test_equal_inputs_give_equal_bits():
 
 def test_no_graph_break_under_compile():
     offsets = torch.tensor([0, 3, 5], device=DEVICE)
-    q, k, v = (torch.randn(5, 2, 16, device=DEVICE) for _ in range(3))
-    sample = (q, k, v, offsets, offsets, 3, 3, torch.randn(2, 5, device=DEVICE), None, True, 0.25)
-    q.requires_grad_()
-    torch.library.opcheck(attention, sample)
+    bias = torch.randn(2, 5, device=DEVICE)
+    packed = torch.randn(5, 3, 2, 16, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(attention, (packed, None, offsets, offsets, 3, 3, bias, None, True, 0.25))
+    q, memory = packed.detach()[:, 0].requires_grad_(), packed.detach()[:, 1:].contiguous()
+    torch.library.opcheck(attention, (q, memory, offsets, offsets, 3, 3, bias, None, False, 0.25))
 
 
 def test_limits_may_be_negative_or_views():
     offsets = torch.tensor([0, 3, 5], device=DEVICE)
-    q, k, v = (torch.randn(5, 2, 16, device=DEVICE) for _ in range(3))
+    q, memory = torch.randn(5, 2, 16, device=DEVICE), torch.randn(5, 2, 2, 16, device=DEVICE)
     limits = torch.tensor([[1, 9], [-1, 9], [3, 9], [0, 9], [2, 9]], device=DEVICE)[:, 0]
-    arguments = (q, k, v, offsets, offsets, 3, 3, None)
+    arguments = (q, memory, offsets, offsets, 3, 3, None)
     out = attention(*arguments, limits)[0]
     torch.testing.assert_close(out, reference.jagged_attention(*arguments, limits), rtol=0, atol=1e-5)
     assert not out[[1, 3]].any() and bool(out[[0, 2, 4]].any(-1).all())
