@@ -10,7 +10,6 @@ from ops.triton.attention_kernels import (
     LIMITS,
     backward_key_kernel,
     backward_query_kernel,
-    backward_rows_kernel,
     bias_table_kernel,
     forward_kernel,
     sum_diagonals_kernel,
@@ -37,7 +36,13 @@ def _launch(rows: int, heads: int, max_length: int, block: int, most: int) -> tu
 
 
 def _constants(
-    query: Tensor, max_query: int, max_key: int, bias: Tensor | None, key_limits: Tensor | None, causal: bool
+    query: Tensor,
+    max_query: int,
+    max_key: int,
+    bias: Tensor | None,
+    key_limits: Tensor | None,
+    causal: bool,
+    segment: int,
 ) -> dict:
     """What the kernels are compiled for."""
     head_dim, half = query.shape[2], query.dtype != torch.float32
@@ -49,6 +54,7 @@ def _constants(
         "HAS_BIAS": bias is not None,
         "TILED": bias is not None and key_limits is None and tiles["BLOCK_M"] == tiles["BLOCK_N"],
         "MASK": LIMITS if key_limits is not None else CAUSAL if causal else ALL,
+        "SEGMENT": segment,
         "PRECISION": "tf32" if tf32 else "ieee",
         **tiles,
     }
@@ -67,6 +73,14 @@ def _bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[
     table = torch.empty(len(bias), 2 * reach + 3, block, block, dtype=torch.float32, device=bias.device)
     bias_table_kernel[(2 * reach + 3, len(bias))](bias, table, radius, reach, block)
     return table, table.stride(0), radius, reach
+
+
+def _segments(memory: Tensor | None, total: int, rows: int, max_query: int) -> tuple[int, int]:
+    """Rows of self-attention that are all full and so short that a block holds several: their length, and the number of
+    blocks. Otherwise 0, and the number of rows."""
+    if memory is not None or total != rows * max_query or not 0 < max_query <= 8:
+        return 0, rows
+    return max_query, triton.cdiv(total, 16 // max_query * max_query)
 
 
 def _parts(query: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,8 +116,8 @@ def attention(
     total, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
     lse = torch.empty(total, heads, dtype=torch.float32, device=query.device)
-    rows = query_offsets.shape[0] - 1
-    constants = _constants(query, max_query, max_key, bias, key_limits, causal)
+    segment, rows = _segments(memory, total, query_offsets.shape[0] - 1, max_query)
+    constants = _constants(query, max_query, max_key, bias, key_limits, causal, segment)
     table, bias_stride, radius, reach = _bias_table(bias, max(max_query, max_key), constants)
     if total and rows:
         grid, work, pieces = _launch(rows, heads, max_query, constants["BLOCK_M"], MAX_PROGRAMS)
@@ -111,7 +125,7 @@ def attention(
             query, key, value, table, key_limits, out, lse,
             query_offsets, key_offsets,
             query.stride(0), key.stride(0), value.stride(0), out.stride(0),
-            heads, work, pieces, bias_stride, radius, reach, scale,
+            heads, work, pieces, total, bias_stride, radius, reach, scale,
             **constants,
         )  # fmt: skip
     return out, lse
@@ -150,8 +164,8 @@ def attention_backward(
     key_limits = key_limits.contiguous() if key_limits is not None else None
     total, heads, _ = query.shape
     delta = torch.empty_like(lse)
-    rows = query_offsets.shape[0] - 1
-    constants = _constants(query, max_query, max_key, bias, key_limits, causal)
+    segment, rows = _segments(memory, total, query_offsets.shape[0] - 1, max_query)
+    constants = _constants(query, max_query, max_key, bias, key_limits, causal, segment)
     table, bias_stride, radius, reach = _bias_table(bias, max(max_query, max_key), constants)
     distances = triton.next_power_of_2(2 * radius + 1)
     most, block = MAX_PARTS if bias_grad else MAX_PROGRAMS, constants["BLOCK_M"]
@@ -163,33 +177,21 @@ def attention_backward(
     options = constants | {
         "BIAS_GRAD": bias_grad, "FAR": max(max_query, max_key) > (reach + 1) * block, "WIDTH": distances
     }  # fmt: skip
-    whole = pieces == k_pieces == 1 and block == constants["BLOCK_N"] == 16  # rows short enough for one program each
-    if whole and rows:
-        partial = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-        backward_rows_kernel[grid](
-            query, key, value, table, key_limits, out, lse, grad_out, delta, grad_query,
-            partial, grad_key, grad_value, parts,
-            query_offsets, key_offsets,
-            query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grad_query.stride(0),
-            grad_key.stride(0), grad_value.stride(0),
-            heads, work, bias_stride, radius, reach, scale, width,
-            **options,
-        )  # fmt: skip
-    if total and rows and not whole:
+    if total and rows:
         backward_query_kernel[grid](
             query, key, value, table, key_limits, out, lse, grad_out, delta, grad_query, parts,
             query_offsets, key_offsets,
             query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grad_query.stride(0),
-            heads, work, pieces, bias_stride, radius, reach, scale, width,
+            heads, work, pieces, total, bias_stride, radius, reach, scale, width,
             **options,
         )  # fmt: skip
-    if key.shape[0] and rows and not whole:
+    if key.shape[0] and rows:
         backward_key_kernel[k_grid](
             query, key, value, table, key_limits, lse, grad_out, delta, grad_key, grad_value,
             query_offsets, key_offsets,
             query.stride(0), key.stride(0), value.stride(0), grad_out.stride(0), grad_key.stride(0),
             grad_value.stride(0),
-            heads, k_work, k_pieces, bias_stride, radius, reach, scale,
+            heads, k_work, k_pieces, total, bias_stride, radius, reach, scale,
             **constants,
         )  # fmt: skip
     if not bias_grad:

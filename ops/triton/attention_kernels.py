@@ -23,7 +23,25 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that a difference of two is a number
 
 
 @triton.jit
-def _visible(m, limits, q_start, q_length, k_length, MASK: tl.constexpr):
+def _row(row, q_offsets, k_offsets, n_tokens, SEGMENT: tl.constexpr):
+    """Where a row's queries and keys start, and how many there are.
+
+    SEGMENT > 0: all rows have so many tokens, and as many of them as fill a block are taken as one row of segments that
+    do not see each other.
+    """
+    if SEGMENT > 0:
+        start = tl.cast(row, tl.int64) * (16 // SEGMENT * SEGMENT)
+        length = tl.minimum(n_tokens - start, 16 // SEGMENT * SEGMENT).to(tl.int32)
+        return start, start, length, length
+    else:
+        q_start, k_start = tl.load(q_offsets + row), tl.load(k_offsets + row)
+        q_length = (tl.load(q_offsets + row + 1) - q_start).to(tl.int32)
+        k_length = (tl.load(k_offsets + row + 1) - k_start).to(tl.int32)
+        return q_start, k_start, q_length, k_length
+
+
+@triton.jit
+def _visible(m, limits, q_start, q_length, k_length, MASK: tl.constexpr, SEGMENT: tl.constexpr):
     """How many keys the queries m of a row see, and the place from which their distances count. [BLOCK_M] each."""
     if MASK == 2:
         limit = tl.load(limits + q_start + m, mask=m < q_length, other=0).to(tl.int32)
@@ -31,6 +49,8 @@ def _visible(m, limits, q_start, q_length, k_length, MASK: tl.constexpr):
         return limit, limit - 1
     elif MASK == 1:
         return tl.where(m < q_length, tl.minimum(m + 1, k_length), 0), m
+    elif SEGMENT > 0:
+        return tl.where(m < q_length, m // SEGMENT * SEGMENT + SEGMENT, 0), m
     else:
         return tl.where(m < q_length, k_length, 0), m
 
@@ -46,7 +66,7 @@ def _bias_tile(bias, n, place, visible, radius):
 @triton.jit
 def _scores(
     q, k, n, limit, place, bias, step, radius, reach, scale,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores in units of log 2, -inf where a key is not visible. [BLOCK_M, BLOCK_N] float32.
 
@@ -55,6 +75,8 @@ def _scores(
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     visible = n[None, :] < limit[:, None]
+    if SEGMENT > 0:
+        visible = visible & (n[None, :] >= (place // SEGMENT * SEGMENT)[:, None])
     if HAS_BIAS:
         if TILED:
             M: tl.constexpr = q.shape[0]
@@ -91,9 +113,9 @@ def forward_kernel(
     query, key, value, bias, limits, out, lse,
     q_offsets, k_offsets,
     q_stride, k_stride, v_stride, out_stride,
-    n_heads, n_work, pieces, bias_stride, radius, reach, scale,
+    n_heads, n_work, pieces, n_tokens, bias_stride, radius, reach, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, MASK: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, first = tl.program_id(0) % n_heads, tl.program_id(0) // n_heads
     query, key, value, out = query + head * D, key + head * D, value + head * D, out + head * D
@@ -102,12 +124,10 @@ def forward_kernel(
     d = tl.arange(0, BLOCK_D)
     for work in range(first, n_work, tl.num_programs(0) // n_heads):
         row, piece = work // pieces, work % pieces
-        q_start, k_start = tl.load(q_offsets + row), tl.load(k_offsets + row)
-        q_length = (tl.load(q_offsets + row + 1) - q_start).to(tl.int32)
-        k_length = (tl.load(k_offsets + row + 1) - k_start).to(tl.int32)
+        q_start, k_start, q_length, k_length = _row(row, q_offsets, k_offsets, n_tokens, SEGMENT)
         for m_start in range(piece * BLOCK_M, q_length, BLOCK_M * pieces):
             m = m_start + tl.arange(0, BLOCK_M)
-            limit, place = _visible(m, limits, q_start, q_length, k_length, MASK)
+            limit, place = _visible(m, limits, q_start, q_length, k_length, MASK, SEGMENT)
             q = _load(query, q_start, m, q_length, q_stride, d, D, BLOCK_D)
             largest = tl.full([BLOCK_M], LOWEST, tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
@@ -118,7 +138,7 @@ def forward_kernel(
                 v = _load(value, k_start, n, k_length, v_stride, d, D, BLOCK_D)
                 scores = _scores(
                     q, k, n, limit, place, bias, (n_start - m_start) // BLOCK_N, radius, reach, scale,
-                    HAS_BIAS, TILED, PRECISION,
+                    HAS_BIAS, TILED, SEGMENT, PRECISION,
                 )  # fmt: skip
                 new_largest = tl.maximum(largest, tl.max(scores, 1))
                 p = tl.exp2(scores - new_largest[:, None])
@@ -183,9 +203,9 @@ def backward_query_kernel(
     query, key, value, bias, limits, out, lse, grad_out, delta, grad_query, grad_bias,
     q_offsets, k_offsets,
     q_stride, k_stride, v_stride, out_stride, grad_out_stride, grad_query_stride,
-    n_heads, n_work, pieces, bias_stride, radius, reach, scale, part_size,
+    n_heads, n_work, pieces, n_tokens, bias_stride, radius, reach, scale, part_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, MASK: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
     BIAS_GRAD: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """delta, dq, and this program's part of dbias. A program takes every so-many-th piece of a row at one head."""
@@ -202,12 +222,10 @@ def backward_query_kernel(
     grad_bias += tl.program_id(0).to(tl.int64) * part_size
     for work in range(first, n_work, tl.num_programs(0) // n_heads):
         row, piece = work // pieces, work % pieces
-        q_start, k_start = tl.load(q_offsets + row), tl.load(k_offsets + row)
-        q_length = (tl.load(q_offsets + row + 1) - q_start).to(tl.int32)
-        k_length = (tl.load(k_offsets + row + 1) - k_start).to(tl.int32)
+        q_start, k_start, q_length, k_length = _row(row, q_offsets, k_offsets, n_tokens, SEGMENT)
         for m_start in range(piece * BLOCK_M, q_length, BLOCK_M * pieces):
             m = m_start + tl.arange(0, BLOCK_M)
-            limit, place = _visible(m, limits, q_start, q_length, k_length, MASK)
+            limit, place = _visible(m, limits, q_start, q_length, k_length, MASK, SEGMENT)
             q = _load(query, q_start, m, q_length, q_stride, d, D, BLOCK_D)
             do = _load(grad_out, q_start, m, q_length, grad_out_stride, d, D, BLOCK_D)
             o = _load(out, q_start, m, q_length, out_stride, d, D, BLOCK_D)
@@ -221,7 +239,7 @@ def backward_query_kernel(
                 v = _load(value, k_start, n, k_length, v_stride, d, D, BLOCK_D)
                 scores = _scores(
                     q, k, n, limit, place, bias, (n_start - m_start) // BLOCK_N, radius, reach, scale,
-                    HAS_BIAS, TILED, PRECISION,
+                    HAS_BIAS, TILED, SEGMENT, PRECISION,
                 )  # fmt: skip
                 p = tl.exp2(scores - normalizer[:, None])
                 ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - inner[:, None])
@@ -253,9 +271,9 @@ def backward_key_kernel(
     query, key, value, bias, limits, lse, grad_out, delta, grad_key, grad_value,
     q_offsets, k_offsets,
     q_stride, k_stride, v_stride, grad_out_stride, grad_key_stride, grad_value_stride,
-    n_heads, n_work, pieces, bias_stride, radius, reach, scale,
+    n_heads, n_work, pieces, n_tokens, bias_stride, radius, reach, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, MASK: tl.constexpr, SEGMENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, first = tl.program_id(0) % n_heads, tl.program_id(0) // n_heads
     query, key, value, grad_out = query + head * D, key + head * D, value + head * D, grad_out + head * D
@@ -265,9 +283,7 @@ def backward_key_kernel(
     d = tl.arange(0, BLOCK_D)
     for work in range(first, n_work, tl.num_programs(0) // n_heads):
         row, piece = work // pieces, work % pieces
-        q_start, k_start = tl.load(q_offsets + row), tl.load(k_offsets + row)
-        q_length = (tl.load(q_offsets + row + 1) - q_start).to(tl.int32)
-        k_length = (tl.load(k_offsets + row + 1) - k_start).to(tl.int32)
+        q_start, k_start, q_length, k_length = _row(row, q_offsets, k_offsets, n_tokens, SEGMENT)
         for n_start in range(piece * BLOCK_N, k_length, BLOCK_N * pieces):
             n = n_start + tl.arange(0, BLOCK_N)
             k = _load(key, k_start, n, k_length, k_stride, d, D, BLOCK_D)
@@ -277,14 +293,14 @@ def backward_key_kernel(
             m_first = n_start // BLOCK_M * BLOCK_M if MASK == 1 else 0
             for m_start in range(m_first, q_length, BLOCK_M):
                 m = m_start + tl.arange(0, BLOCK_M)
-                limit, place = _visible(m, limits, q_start, q_length, k_length, MASK)
+                limit, place = _visible(m, limits, q_start, q_length, k_length, MASK, SEGMENT)
                 q = _load(query, q_start, m, q_length, q_stride, d, D, BLOCK_D)
                 do = _load(grad_out, q_start, m, q_length, grad_out_stride, d, D, BLOCK_D)
                 normalizer = tl.load(lse + (q_start + m) * n_heads + head, mask=m < q_length, other=0.0)
                 inner = tl.load(delta + (q_start + m) * n_heads + head, mask=m < q_length, other=0.0)
                 scores = _scores(
                         q, k, n, limit, place, bias, (n_start - m_start) // BLOCK_N, radius, reach, scale,
-                        HAS_BIAS, TILED, PRECISION,
+                        HAS_BIAS, TILED, SEGMENT, PRECISION,
                     )  # fmt: skip
                 p = tl.exp2(scores - normalizer[:, None])
                 dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
@@ -292,99 +308,6 @@ def backward_key_kernel(
                 dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
             _store(grad_key, dk * scale, k_start, n, k_length, grad_key_stride, d, D, BLOCK_D)
             _store(grad_value, dv, k_start, n, k_length, grad_value_stride, d, D, BLOCK_D)
-
-
-@triton.jit
-def backward_rows_kernel(
-    query, key, value, bias, limits, out, lse, grad_out, delta, grad_query, partial, grad_key, grad_value, grad_bias,
-    q_offsets, k_offsets,
-    q_stride, k_stride, v_stride, out_stride, grad_out_stride, grad_query_stride, grad_key_stride, grad_value_stride,
-    n_heads, n_rows, bias_stride, radius, reach, scale, part_size,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Everything that the two kernels above compute, for rows that one program takes whole: p and ds are computed once.
-
-    dq is a sum over the blocks of keys; until the last it lies in `partial` [Tq, H, D] float32, this program's own.
-    """
-    head, first = tl.program_id(0) % n_heads, tl.program_id(0) // n_heads
-    query, key, value, out = query + head * D, key + head * D, value + head * D, out + head * D
-    grad_out, grad_query, partial = grad_out + head * D, grad_query + head * D, partial + head * D
-    grad_key, grad_value = grad_key + head * D, grad_value + head * D
-    if HAS_BIAS:
-        bias += head * bias_stride
-    d = tl.arange(0, BLOCK_D)
-    by_distance = tl.zeros([WIDTH], tl.float32)
-    on_diagonal = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # sums over the blocks there, pair by pair
-    before, after = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)  # sums beyond reach
-    pair = _pair(BLOCK_M, BLOCK_N)
-    grad_bias += tl.program_id(0).to(tl.int64) * part_size
-    for row in range(first, n_rows, tl.num_programs(0) // n_heads):
-        q_start, k_start = tl.load(q_offsets + row), tl.load(k_offsets + row)
-        q_length = (tl.load(q_offsets + row + 1) - q_start).to(tl.int32)
-        k_length = (tl.load(k_offsets + row + 1) - k_start).to(tl.int32)
-        for m_start in range(0, q_length, BLOCK_M):
-            m = m_start + tl.arange(0, BLOCK_M)
-            do = _load(grad_out, q_start, m, q_length, grad_out_stride, d, D, BLOCK_D)
-            o = _load(out, q_start, m, q_length, out_stride, d, D, BLOCK_D)
-            inner = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-            tl.store(delta + (q_start + m) * n_heads + head, inner, mask=m < q_length)
-            if k_length == 0:
-                _store(grad_query, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), q_start, m, q_length, grad_query_stride, d,
-                       D, BLOCK_D)  # fmt: skip
-        tl.debug_barrier()  # delta, and dq of the blocks before, are written by other threads than read them
-        for n_start in range(0, k_length, BLOCK_N):
-            n = n_start + tl.arange(0, BLOCK_N)
-            k = _load(key, k_start, n, k_length, k_stride, d, D, BLOCK_D)
-            v = _load(value, k_start, n, k_length, v_stride, d, D, BLOCK_D)
-            dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-            m_first = n_start // BLOCK_M * BLOCK_M if MASK == 1 else 0
-            for m_start in range(m_first, q_length, BLOCK_M):
-                m = m_start + tl.arange(0, BLOCK_M)
-                limit, place = _visible(m, limits, q_start, q_length, k_length, MASK)
-                q = _load(query, q_start, m, q_length, q_stride, d, D, BLOCK_D)
-                do = _load(grad_out, q_start, m, q_length, grad_out_stride, d, D, BLOCK_D)
-                normalizer = tl.load(lse + (q_start + m) * n_heads + head, mask=m < q_length, other=0.0)
-                inner = tl.load(delta + (q_start + m) * n_heads + head, mask=m < q_length, other=0.0)
-                step = (n_start - m_start) // BLOCK_N
-                scores = _scores(q, k, n, limit, place, bias, step, radius, reach, scale, HAS_BIAS, TILED, PRECISION)
-                p = tl.exp2(scores - normalizer[:, None])
-                dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
-                ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - inner[:, None])
-                dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
-                if BIAS_GRAD:
-                    if TILED:
-                        if step == 0:
-                            on_diagonal += ds
-                        elif FAR and step < -reach:
-                            before += tl.sum(ds, 1)
-                        elif FAR and step > reach:
-                            after += tl.sum(ds, 1)
-                        else:  # no other program and no other thread adds there: the order is that of the loop
-                            tl.atomic_add(grad_bias + (step + reach) * BLOCK_M * BLOCK_N + pair, ds, sem="relaxed")
-                    else:
-                        by_distance = _add_by_distance(
-                            by_distance, ds, n_start, place, limit > 0, radius, BLOCK_M, BLOCK_N, WIDTH
-                        )
-                dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-                if n_start > 0:
-                    dq += _load(partial, q_start, m, q_length, n_heads * D, d, D, BLOCK_D)
-                last = n_start + BLOCK_N >= k_length
-                if MASK == 1:
-                    last = last | (n_start + BLOCK_N >= m_start + BLOCK_M)  # keys of later blocks are not visible
-                if last:
-                    _store(grad_query, dq * scale, q_start, m, q_length, grad_query_stride, d, D, BLOCK_D)
-                else:
-                    _store(partial, dq, q_start, m, q_length, n_heads * D, d, D, BLOCK_D)
-            _store(grad_key, dk * scale, k_start, n, k_length, grad_key_stride, d, D, BLOCK_D)
-            _store(grad_value, dv, k_start, n, k_length, grad_value_stride, d, D, BLOCK_D)
-            tl.debug_barrier()
-    if BIAS_GRAD:
-        _store_bias_sums(
-            grad_bias, by_distance, on_diagonal, before, after, radius, reach, TILED, BLOCK_M, BLOCK_N, WIDTH
-        )
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 FLAT = 1024  # numbers that one key of the random bits serves where a tensor is taken as flat
-MAX_PARTS = 1056  # programs that sum the weight's gradient, each into a part of its own
+MAX_PARTS = 528  # programs that sum the weight's gradient, each into a part of its own
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _backward(
     dhidden = grad_hidden + s (g - y mean(g y)), dweight = sum over rows of grad_normed * y."""
     columns = tl.arange(0, BLOCK)[None, :]
     gain = tl.load(weight + columns, mask=columns < width, other=0.0).to(tl.float32)
-    grad_gain = tl.zeros([BLOCK], tl.float32)
+    grad_gain = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(tl.program_id(0) * ROWS, n_rows, tl.num_programs(0) * ROWS):
         rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (rows < n_rows) & (columns < width)
@@ -73,7 +73,7 @@ def _backward(
         dn = tl.load(grad_normed + place, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(h * h, 1) / width + eps)[:, None]
         y = h * scale
-        grad_gain += tl.sum(dn * y, 0)
+        grad_gain += dn * y
         g = dn * gain
         grad = scale * (g - y * (tl.sum(g * y, 1) / width)[:, None])
         if HAS_GRAD:
@@ -84,7 +84,7 @@ def _backward(
             grad = tl.where(_kept(seed, rows, columns, threshold), grad * kept_scale, 0.0)
         tl.store(grad_branch + place, grad.to(grad_branch.dtype.element_ty), mask=inside)
     columns = tl.arange(0, BLOCK)
-    tl.store(parts + tl.program_id(0) * width + columns, grad_gain, mask=columns < width)
+    tl.store(parts + tl.program_id(0) * width + columns, tl.sum(grad_gain, 0), mask=columns < width)
 
 
 def _tiles(width: int) -> dict[str, int]:

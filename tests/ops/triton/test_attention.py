@@ -11,6 +11,7 @@ attention = pytest.importorskip("ops.triton.attention").attention
 ROWS = {
     "one token": ([1], [1]),
     "one row": ([7], [7]),
+    "short full rows": ([3] * 12, [3] * 12),
     "odd and empty rows": ([3, 0, 33, 1, 0, 17], [5, 2, 33, 0, 0, 40]),
     "no queries": ([0, 0], [3, 1]),
     "no keys": ([3, 2], [0, 0]),
