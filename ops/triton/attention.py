@@ -16,15 +16,18 @@ from ops.triton.attention_kernels import (
 )
 
 MAX_PROGRAMS = 16384  # that share the rows of a launch
-MAX_PARTS = 4096  # programs that sum the bias gradient, each into a part of its own
+MAX_PARTS = 2048  # programs that sum the bias gradient, each into a part of its own
 
 
-def _tiles(max_query: int, max_key: int, head_dim: int, half: bool) -> dict[str, int]:
+def _tiles(max_query: int, max_key: int, head_dim: int, half: bool, limited_backward: bool) -> dict[str, int]:
     """Block sizes, warps and stages: rows of a few blocks get one warp each, long rows the largest efficient tiles."""
+    small = half and head_dim <= 64
     if max_key <= 192:
         tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2}
-        return tiles | {"maxnreg": 128} if half and head_dim <= 64 else tiles  # twice the warps a multiprocessor
-    block, stages = (64, 3) if half and head_dim <= 64 else (32, 2)  # what fits in shared memory
+        if limited_backward:  # sums the bias gradient by distance, which costs less in wide blocks
+            return tiles | {"BLOCK_N": 32 if small else 16}
+        return tiles | {"maxnreg": 128} if small else tiles  # twice the warps a multiprocessor
+    block, stages = (64, 3) if small else (32, 2)  # what fits in shared memory
     return {"BLOCK_M": 16 if max_query <= 16 else block, "BLOCK_N": block, "num_warps": 4, "num_stages": stages}
 
 
@@ -43,10 +46,11 @@ def _constants(
     key_limits: Tensor | None,
     causal: bool,
     segment: int,
+    backward: bool = False,
 ) -> dict:
     """What the kernels are compiled for."""
     head_dim, half = query.shape[2], query.dtype != torch.float32
-    tiles = _tiles(max_query, max_key, head_dim, half)
+    tiles = _tiles(max_query, max_key, head_dim, half, backward and key_limits is not None)
     tf32 = half or torch.get_float32_matmul_precision() != "highest"
     return {
         "D": head_dim,
@@ -165,7 +169,7 @@ def attention_backward(
     total, heads, _ = query.shape
     delta = torch.empty_like(lse)
     segment, rows = _segments(memory, total, query_offsets.shape[0] - 1, max_query)
-    constants = _constants(query, max_query, max_key, bias, key_limits, causal, segment)
+    constants = _constants(query, max_query, max_key, bias, key_limits, causal, segment, backward=True)
     table, bias_stride, radius, reach = _bias_table(bias, max(max_query, max_key), constants)
     distances = triton.next_power_of_2(2 * radius + 1)
     most, block = MAX_PARTS if bias_grad else MAX_PROGRAMS, constants["BLOCK_M"]

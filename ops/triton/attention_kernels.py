@@ -184,12 +184,17 @@ def _add_by_distance(
 
 @triton.jit
 def _store_bias_sums(
-    grad_bias, by_distance, on_diagonal, before, after, radius, reach,
+    grad_bias, by_distance, on_diagonal, left, right, before, after, radius, reach,
     TILED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """A program's part of the bias gradient, beyond what it added on its way."""
     if TILED:
-        tl.store(grad_bias + reach * BLOCK_M * BLOCK_N + _pair(BLOCK_M, BLOCK_N), on_diagonal)
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+        middle = grad_bias + reach * SIZE + _pair(BLOCK_M, BLOCK_N)
+        tl.store(middle, on_diagonal)
+        if reach > 0:
+            tl.store(middle - SIZE, left)
+            tl.store(middle + SIZE, right)
         far = grad_bias + (2 * reach + 1) * BLOCK_M * BLOCK_N + tl.arange(0, BLOCK_M)
         tl.store(far, before)
         tl.store(far + BLOCK_M, after)
@@ -216,7 +221,9 @@ def backward_query_kernel(
         bias += head * bias_stride
     d = tl.arange(0, BLOCK_D)
     by_distance = tl.zeros([WIDTH], tl.float32)
-    on_diagonal = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # sums over the blocks there, pair by pair
+    # Sums over the blocks on the diagonal and beside it, pair by pair.
+    on_diagonal = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    left, right = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     before, after = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)  # sums beyond reach
     pair = _pair(BLOCK_M, BLOCK_N)
     grad_bias += tl.program_id(0).to(tl.int64) * part_size
@@ -249,6 +256,10 @@ def backward_query_kernel(
                         step = (n_start - m_start) // BLOCK_N
                         if step == 0:
                             on_diagonal += ds
+                        elif step == -1 and reach > 0:
+                            left += ds
+                        elif MASK != 1 and step == 1 and reach > 0:
+                            right += ds
                         elif FAR and step < -reach:
                             before += tl.sum(ds, 1)
                         elif FAR and step > reach:
@@ -262,8 +273,9 @@ def backward_query_kernel(
             _store(grad_query, dq * scale, q_start, m, q_length, grad_query_stride, d, D, BLOCK_D)
     if BIAS_GRAD:
         _store_bias_sums(
-            grad_bias, by_distance, on_diagonal, before, after, radius, reach, TILED, BLOCK_M, BLOCK_N, WIDTH
-        )
+            grad_bias, by_distance, on_diagonal, left, right, before, after, radius, reach,
+            TILED, BLOCK_M, BLOCK_N, WIDTH,
+        )  # fmt: skip
 
 
 @triton.jit
