@@ -26,18 +26,20 @@ def folder(trained, tmp_path_factory):
     return folder
 
 
-def differences(one, two) -> float:
-    """The largest of a loss between two logs of the same steps."""
+def difference(one, two, last_step: int) -> float:
+    """The largest of a loss, relative, between two logs of the same steps up to last_step."""
     pairs = list(zip(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"), strict=True))
     assert all((a["step"], a["split"], a.keys()) == (b["step"], b["split"], b.keys()) for a, b in pairs)
-    return max(abs(a[name] - b[name]) for a, b in pairs for name in a if "loss" in name)
+    pairs = [pair for pair in pairs if pair[0]["step"] <= last_step]
+    return max(abs(a[name] / b[name] - 1) for a, b in pairs for name in a if "loss" in name)
 
 
 @pytest.mark.parametrize("stage", ["decoder", "rqvae"])
 @pytest.mark.parametrize("name", ["two", "accumulated"])
 def test_the_losses_are_those_of_one_process_and_one_batch(folder, stage, name):
     one, other = (folder / f"{stage}_{kind}" / "0" / "run" for kind in ("one", name))
-    assert 0 < differences(one, other) < 1e-6 * (10 if stage == "rqvae" else 1)  # its losses are about 10
+    assert 0 < difference(one, other, 10) < 2e-6
+    assert difference(one, other, 20) < 1e-4  # Adam and ReLU make rounding grow, faster on some processors
 
 
 def test_two_processes_rank_every_user_once_and_exactly_as_one(folder):

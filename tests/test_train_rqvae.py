@@ -57,9 +57,10 @@ def test_semantic_ids_are_the_models_codes_and_unique(trained):
 )
 def test_every_mode_trains_and_leaves_no_code_unused(trained, tmp_path, binding):
     extra = ["RqVae.codebook_mode = %modules.quantize.QuantizeMode.STE"] if "ema" in binding else []
+    extra += ["train.warmup_steps = 5", "train.learning_rate = 3e-3"]  # so that 60 steps train it
     metrics = run(trained, "rqvae", *extra, f"RqVae.{binding}", f'train.save_dir_root = "{tmp_path}"')
     losses = [row["loss"] for row in lines(tmp_path / "metrics.jsonl") if row["split"] == "catalogue"]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert metrics["usage_1"] == 1.0
 
 
