@@ -195,7 +195,7 @@ def train(
         metrics["extra_level_size"] = sum(semantic_ids.level_sizes[codes.shape[1] :])  # 0: the codes are unique
         save_tokenizer(run.root / "tokenizer", model, semantic_ids, described.identity, metrics)
         plots.tokenizer(run.root)
-        plots.codes(run.root, codes, model.config["codebook_size"], corpus.items["categories"].to_list())
+        plots.codes(run.root, codes.cpu(), model.config["codebook_size"], corpus.items["categories"].to_list())
     run.finish(metrics)
     report.table("Semantic IDs", metrics, run.root, show=accelerator.is_main_process)
     report.verdict(metrics, min_usage, collapse_is_error, show=accelerator.is_main_process)

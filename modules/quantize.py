@@ -180,6 +180,19 @@ class Quantize(nn.Module):
         """The nearest code; of equally near ones the first. Shape: [B, D] -> [B] int64."""
         return first_smallest(self.distances(x.detach(), self.codebook.detach()))
 
+    def ranked(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest codes, nearest first; of equally near ones the lower first, on every device.
+
+        So that rounding decides nothing, distances are whole multiples of 2^-24 of the codebook's scale (the square
+        of its largest entry; 1 by cosine). Shape: x [B, D] float64 -> distances, codes [B, k] int64.
+        """
+        codebook = self.codebook.to(x.dtype)
+        scale = 1.0 if self.distance == "cosine" else codebook.abs().max().square().clamp_min(1e-30)
+        multiples = (self.distances(x, codebook) / scale * 2**24).round().clamp_max(2**40).long()
+        size = len(codebook)
+        keys = (multiples * size + torch.arange(size, device=x.device)).topk(k, largest=False).values
+        return keys // size, keys % size
+
     def forward(self, x: Tensor, temperature: float = 1.0) -> Quantized:
         """x [B, D]. Outside training every mode returns the nearest code's vector.
 
