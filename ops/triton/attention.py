@@ -24,7 +24,7 @@ def _tiles(max_query: int, max_key: int, head_dim: int, half: bool) -> dict[str,
     """Block sizes, warps and stages: small blocks for short rows, the largest efficient ones for long rows."""
     small = half and head_dim <= 64
     if max_key <= 192:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 2, "num_stages": 2}
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2}
     block, stages = (64, 3) if small else (32, 2)  # what fits in shared memory
     return {"BLOCK_M": 16 if max_query <= 16 else block, "BLOCK_N": block, "num_warps": 4, "num_stages": stages}
 

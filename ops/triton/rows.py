@@ -17,29 +17,22 @@ TILE = 4096  # values a program moves at a time
 @triton.jit
 def _copy_kernel(
     source, target, lengths, source_starts, target_starts,
-    source_capacity, target_capacity, n_rows, longest, width, fill,
+    source_capacity, target_capacity, width, fill,
     SOURCE_STARTS: tl.constexpr, TARGET_STARTS: tl.constexpr, FILL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Rows are seen as if each had `longest` places; a program takes BLOCK_M places of one row or several."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = place // longest
-    i, exists = place - row * longest, row < n_rows
-    inside = i < tl.load(lengths + row, mask=exists, other=0)
-    written = exists if FILL else inside
-    if SOURCE_STARTS:
-        at = tl.load(source_starts + row, mask=inside, other=0) + i
-    else:
-        at = row * source_capacity + i
-    if TARGET_STARTS:
-        to = tl.load(target_starts + row, mask=inside, other=0) + i
-    else:
-        to = row * target_capacity + i
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    length = tl.load(lengths + row).to(tl.int32)
+    source += (tl.load(source_starts + row) if SOURCE_STARTS else row * source_capacity) * width
+    target += (tl.load(target_starts + row) if TARGET_STARTS else row * target_capacity) * width
+    inside = i < length
+    written = i < target_capacity if FILL else inside
     for w_start in range(0, width, BLOCK_W):
         w = w_start + tl.arange(0, BLOCK_W)
-        columns = (w < width)[None, :]
-        values = tl.load(source + at[:, None] * width + w[None, :], mask=inside[:, None] & columns, other=fill)
-        tl.store(target + to[:, None] * width + w[None, :], values, mask=written[:, None] & columns)
+        place = i[:, None] * width + w[None, :]
+        values = tl.load(source + place, mask=inside[:, None] & (w < width)[None, :], other=fill)
+        tl.store(target + place, values, mask=written[:, None] & (w < width)[None, :])
 
 
 def _launch(
@@ -54,15 +47,14 @@ def _launch(
     fill: float = 0.0,
 ) -> None:
     """Writes into `target`; the other arguments are those of `copy_rows`."""
-    width, longest, rows = target[:1].numel(), target_capacity or max_length, len(lengths)
-    if not (rows and width and longest):
+    width, longest = target[:1].numel(), max(max_length, target_capacity)
+    if not (len(lengths) and width and longest):
         return
     block_w = min(triton.next_power_of_2(width), 512)
-    block_m = max(1, TILE // block_w)
-    _copy_kernel[(triton.cdiv(rows * longest, block_m),)](
-        source.contiguous(), target, lengths, source_starts, target_starts, source_capacity, target_capacity,
-        rows, longest, width, fill,
-        source_starts is not None, target_starts is not None, target_capacity > 0, block_m, block_w,
+    block_m = min(max(1, TILE // block_w), triton.next_power_of_2(longest))
+    _copy_kernel[(len(lengths), triton.cdiv(longest, block_m))](
+        source.contiguous(), target, lengths, source_starts, target_starts, source_capacity, target_capacity, width,
+        fill, source_starts is not None, target_starts is not None, target_capacity > 0, block_m, block_w,
     )  # fmt: skip
 
 
