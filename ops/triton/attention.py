@@ -196,6 +196,8 @@ def attention_backward(
         WIDTH=triton.next_power_of_2(2 * radius + 1),
     )  # fmt: skip
     q_ranges = _query_ranges(len(key), query_offsets, key_offsets, max_key, causal)
+    if block == 16 and query.dtype != torch.float32 and query.shape[2] <= 64:
+        constants["maxnreg"] = 128  # a third more warps on a multiprocessor, and nothing spills
     backward_key_kernel[(heads * triton.cdiv(len(key), constants["BLOCK_N"]),)](
         query, key, value, table, *ranges, *q_ranges, lse, grad_out, delta, *grads[1:],
         query.stride(0), key.stride(0), value.stride(0), grad_out.stride(0), grads[1].stride(0), grads[2].stride(0),
