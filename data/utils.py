@@ -1,6 +1,7 @@
 """Batches by tensor indexing: no per-sample Python, no padding, no worker processes."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -141,6 +142,20 @@ class Shuffler:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", step))
         uniform = torch.rand(self.batch_size, dtype=torch.float64, generator=generator)
         return self._order[place * self.batch_size : (place + 1) * self.batch_size], uniform
+
+
+def filler_rows(batch_size: int) -> int:
+    """How many rows may fill a batch up, so that a few sizes serve all batches.
+
+    The items of a batch vary by its square root, and the sizes lie this many longest histories apart.
+    """
+    return math.isqrt(max(batch_size - 1, 0)) // 2 + 1
+
+
+def filled_size(n_items: int, fillers: int, max_items: int) -> int:
+    """Items of a batch of n_items when it is filled up; without filler rows those it has."""
+    grain = fillers * max_items
+    return -(-n_items // grain) * grain if fillers else n_items
 
 
 def derive_seed(*parts: int | str) -> int:

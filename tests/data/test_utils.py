@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data.schemas import Interactions, SeqBatch
 from data.splits import every_prefix, leave_one_out, windows
-from data.utils import SequenceSource, Shuffler, derive_seed, is_consumed, tokenize
+from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, is_consumed, tokenize
 from ops.jagged import JaggedTensor
 
 CPU = torch.device("cpu")
@@ -203,6 +203,15 @@ def test_fillers_make_up_the_size_and_leave_the_samples_as_they_are(every_positi
         assert torch.equal(filled.targets.values[:n_targets], plain.targets.values)
         assert torch.equal(filled.targets.offsets[: len(index) + 1], plain.targets.offsets)
         assert filled.target_weights.tolist() == [1.0] * n_targets + [0.0] * (len(filled.targets.values) - n_targets)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 5000), st.integers(1, 50), st.data())
+def test_a_batch_is_filled_up_by_less_than_the_fillers_can_hold(batch_size, max_items, data):
+    n_items, fillers = data.draw(st.integers(1, batch_size * max_items)), filler_rows(batch_size)
+    size = filled_size(n_items, fillers, max_items)
+    assert n_items <= size < n_items + fillers * max_items and size % (fillers * max_items) == 0
+    assert filled_size(n_items, 0, max_items) == n_items
 
 
 def test_fillers_may_be_longer_than_the_data():
