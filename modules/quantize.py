@@ -161,8 +161,8 @@ class Quantize(nn.Module):
         """Makes the codes the k-means centroids of x [N, D], N >= V; generator: on the device of x."""
         if self.distance == "l2":
             return self.set_codebook(kmeans(x, len(self.embedding.weight), generator).centroids)
-        clusters = kmeans(F.normalize(x, dim=-1), len(self.embedding.weight), generator)
-        directions = F.normalize(clusters.centroids, dim=-1)
+        clusters = kmeans(F.normalize(x, dim=-1), len(self.embedding.weight), generator, spherical=True)
+        directions = clusters.centroids
         along = (x * directions[clusters.assignment]).sum(-1)
         counts = torch.bincount(clusters.assignment, minlength=len(directions))
         lengths = torch.zeros_like(directions[:, 0]).index_add_(0, clusters.assignment, along) / counts.clamp_min(1)
