@@ -22,7 +22,7 @@ from ops.precision import matmul_precision
 from training.graph import TokenizerStep
 from training.metrics import collisions
 
-BATCH, ROWS = 640, 65536
+BATCH, ROWS = 640, 65536  # of a training step; written at a time
 
 
 def operations(model: RqVae, batch: int) -> int:
@@ -171,5 +171,5 @@ def tokenize(n: int, dim: int, options: dict, folder: str, cold: bool, device: t
 
 def read(x: Tensor, device: torch.device) -> None:
     """Moves all of x to the device, chunk by chunk."""
-    for chunk in stream(x, ROWS, device):
+    for chunk in stream(x, 8192, device):
         float(chunk.amax())

@@ -228,7 +228,7 @@ class RqVae(nn.Module):
         return residual_quantize(latent.float().contiguous(), books, self.config["commitment_weight"], rotate)
 
     @torch.no_grad()
-    def codes(self, x: Tensor, batch_size: int = 65536) -> Tensor:
+    def codes(self, x: Tensor, batch_size: int = 8192) -> Tensor:
         """The nearest codes of N items, chunk by chunk, in inference mode.
 
         Computed in float64, with ties going to the lower code: the same weights give the same codes on every device
@@ -244,7 +244,7 @@ class RqVae(nn.Module):
         return copy.deepcopy(self).to(device).double().eval()
 
     @torch.no_grad()
-    def losses(self, x: Tensor, batch_size: int = 65536) -> dict[str, float]:
+    def losses(self, x: Tensor, batch_size: int = 8192) -> dict[str, float]:
         """Mean losses over a whole catalogue x [N, input_dim], in inference mode."""
         totals = torch.zeros(3, dtype=torch.float64)
         with _inference(self):

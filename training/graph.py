@@ -23,7 +23,7 @@ class TokenizerStep:
     ) -> None:
         self.model, self.optimizer, self.x, self.max_norm = model, optimizer, model.normalized(x), max_norm
         self.index = torch.zeros(batch_size, dtype=torch.int64, device=x.device)
-        self.settings = torch.ones(2, device=x.device)  # learning rate, temperature
+        self.settings = torch.tensor([0.0, 1.0], device=x.device)  # learning rate, temperature
         self.graph = self._capture() if x.is_cuda else None
 
     def __call__(self, index: Tensor, rate: float, temperature: float) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ MAX_CANDIDATES = 32  # nearest last codes that an item may be moved to
 
 
 @torch.no_grad()
-def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 65536) -> Tensor:
+def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> Tensor:
     """Codes of all items of a catalogue: the nearest ones, as `RqVae.codes`; with the model's `separate_collisions`,
     of the items that share all of them only the nearest keeps them, the others take the first free of their 32 nearest
     last codes.
@@ -44,7 +44,7 @@ def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 65536) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int = 65536) -> float:
+def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int = 8192) -> float:
     """Mean reconstruction loss of items x [N, input_dim] decoded from given codes [N, L]."""
     total = 0.0
     for rows, chunk in zip(stream(x, batch_size, model.device), codes.split(batch_size), strict=True):
