@@ -37,7 +37,7 @@ MODES = {  # what differs from the recommended config, configs/rqvae_amazon.gin
     "ema": {"codebook_update": "ema"},
     "kmeans": {"hidden_dims": None},
 }
-RECOMMENDED = {"embed_dim": 16, "hidden_dims": (512, 256, 128), "codebook_size": 256, "n_layers": 3}
+RECOMMENDED = {"embed_dim": 10, "hidden_dims": (512, 256, 128), "codebook_size": 256, "n_layers": 3}
 RATES, BATCHES = (1e-4, 1e-3, 1e-2), (64, 640, 4096)
 
 
