@@ -133,7 +133,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         codes, nodes = trie.item_codes[items].long(), trie.item_nodes[items]  # [P, L'], [P, L'+1]
         losses = []
         for level, logits in enumerate(self.level_logits(batch, codes)):
-            log_probs, _, _ = trie.log_probs(logits, level, nodes[:, level])  # [P, fanout]
+            log_probs = trie.log_probs(logits, level, nodes[:, level])  # [P, fanout]
             child = (nodes[:, level + 1] - trie.first_child[level][nodes[:, level]]).long()
             losses.append(-log_probs.gather(-1, child[:, None])[:, 0])
         level_losses = torch.stack(losses)  # [L', P]

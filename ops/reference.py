@@ -165,6 +165,16 @@ def jagged_concat(first: Tensor, second: Tensor, first_offsets: Tensor, second_o
     return torch.empty_like(joined).index_copy(0, torch.cat([first_places, second_places]), joined)
 
 
+def child_log_probs(logits: Tensor, nodes: Tensor, first_child: Tensor, code: Tensor, fanout: int) -> Tensor:
+    """See `ops.trie.child_log_probs`."""
+    first, last = first_child[nodes][..., None], first_child[nodes + 1][..., None]
+    child = first + torch.arange(fanout, dtype=first.dtype, device=first.device)  # [..., fanout]
+    exists = child < last
+    number = code[torch.where(exists, child, first)].long()
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).gather(-1, number)
+    return scores.masked_fill(~exists, float("-inf")).log_softmax(-1)
+
+
 def add_norm(x: Tensor | None, branch: Tensor, weight: Tensor, dropout: float, eps: float) -> tuple[Tensor, Tensor]:
     """See `ops.residual.add_norm`."""
     hidden = F.dropout(branch, dropout)
