@@ -17,13 +17,13 @@ from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in con
 from data.features import FeatureSource, item_features
 from data.processed import RecDataset, load_corpus
 from data.splits import draw_splits, every_prefix, windows
-from data.utils import SequenceSource, Shuffler, derive_seed, tokenize
+from data.utils import SequenceSource, Shuffler, derive_seed, n_fillers, round_up, tokenize
 from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.catalogue import Described, load_or_make_ids
 from training import cli, distributed, plots, report
-from training.evaluate import baseline_metrics, retrieval_metrics, validation_loss
+from training.evaluate import Evaluation, baseline_metrics
 from training.health import Health
 from training.replay import Replay
 from training.run import Run
@@ -126,12 +126,9 @@ def train(
     run.save_config()
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
-    def evaluate(split: SequenceSource) -> dict[str, float]:
-        return retrieval_metrics(model, split, trie, top_k, beams, eval_batch_size, accelerator)
-
     # One process on a GPU replays its passes as CUDA graphs: batches are filled up to a multiple of `grain` items.
     recorded = device.type == "cuda" and accelerator.num_processes == 1
-    fillers = -(-batch_size // 32) if recorded else 0
+    fillers = n_fillers(batch_size) if recorded else 0
     grain = fillers * max_items
 
     def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -141,6 +138,7 @@ def train(
         return torch.stack([losses.loss, *losses.level_losses]).detach() * weight
 
     replay = Replay(passes, model, device, recorded)
+    evaluation = Evaluation(model, trie, beams, eval_batch_size, accelerator, recorded)
 
     report.heading(
         "Retriever",
@@ -173,7 +171,7 @@ def train(
             for share in shares[accelerator.process_index :: accelerator.num_processes]:
                 with accelerator.accumulate(prepared):
                     n_items = source.n_items(*share)
-                    size = -(-n_items // grain) * grain if recorded else n_items
+                    size = round_up(n_items, grain) if recorded else n_items
                     weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
                     means += replay(size, *share, weight)
                     if accelerator.sync_gradients:
@@ -192,10 +190,10 @@ def train(
                 report.show(bar, values)
                 health.check(model)
             if due(done, partial_eval_every, iterations):
-                run.log(done, "valid", {"loss": validation_loss(model, valid, trie, eval_batch_size, accelerator)})
+                run.log(done, "valid", {"loss": evaluation.loss(valid)})
             improved = False
             if due(done, full_eval_every, iterations):
-                metrics = evaluate(valid)
+                metrics = evaluation.metrics(valid, top_k)
                 run.log(done, "valid", metrics)
                 improved = metrics[chosen_by] > best.get(chosen_by, -1.0)
                 best = metrics if improved else best
@@ -213,7 +211,9 @@ def train(
     run.load_best(model)
     metrics = {f"valid/{name}": value for name, value in best.items()}
     for name, split in test.items():
-        figures = evaluate(split) | baseline_metrics(split, splits.train_lengths, corpus.n_items, top_k)
+        figures = evaluation.metrics(split, top_k) | baseline_metrics(
+            split, splits.train_lengths, corpus.n_items, top_k
+        )
         metrics |= {f"{name}/{key}": value for key, value in figures.items()}
     if accelerator.is_main_process:
         model.save_pretrained(run.root / "model")

@@ -12,12 +12,15 @@ WARMUP = 2  # calls before a recording, in which libraries choose their kernels
 class Replay:
     """Calls a function that adds to the gradients of a model, and returns a tensor that the next call overwrites.
 
+    model: None where the function leaves gradients alone.
     function(size, *inputs): all else that varies from call to call comes in the inputs, and no step of it may ask the
     device for a number. recorded: record every size and shape at its first call, which needs a GPU; otherwise the
     function is called.
     """
 
-    def __init__(self, function: Callable[..., Tensor], model: nn.Module, device: torch.device, recorded: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], model: nn.Module | None, device: torch.device, recorded: bool
+    ) -> None:
         self._function, self._model, self._device = function, model, device
         self._recordings: dict[tuple, Recording] | None = {} if recorded else None
 
@@ -36,7 +39,7 @@ class Replay:
 
     def _record(self, size: int, inputs: tuple[Tensor, ...]) -> Recording:
         """Leaves the gradients and the random numbers to come as they were."""
-        parameters = [p for p in self._model.parameters() if p.requires_grad]
+        parameters = [p for p in self._model.parameters() if p.requires_grad] if self._model is not None else []
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # the recording adds to what lies here
