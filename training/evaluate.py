@@ -42,11 +42,9 @@ class Evaluation:
         """Mean of -log p(target) over all samples of the source, in nats."""
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self._accelerator.device)
-        for batch, weights in self._batches(source):
-            history, targets = batch.history, batch.targets
-            total += self._loss(
-                history.max_length, batch.user, history.values, history.offsets, targets.values, weights
-            )
+        for batch in self.batches(source):
+            history, targets, weights = batch.history, batch.targets.values, _weights(batch)
+            total += self._loss(history.max_length, batch.user, history.values, history.offsets, targets, weights)
         self.model.train()
         loss, count = self._accelerator.reduce(total, "sum").tolist()
         return loss / count
@@ -55,21 +53,22 @@ class Evaluation:
         """Recall@K and NDCG@K of the generated items over all samples of the source."""
         self.model.eval()
         metrics = RankingMetrics(ks, self._accelerator.device)
-        for batch, weights in self._batches(source):
-            consumed = (batch.consumed.values, batch.consumed.offsets) if batch.consumed is not None else ()
-            history = batch.history
-            items = self._items(history.max_length, batch.user, history.values, history.offsets, *consumed)
-            metrics.update(items, batch.targets.values, weights > 0)
+        for batch in self.batches(source):
+            metrics.update(self.items(batch), batch.targets.values, _weights(batch) > 0)
         self.model.train()
         metrics.counts = self._accelerator.reduce(metrics.counts, "sum")
         return metrics.compute()
 
-    def _batches(self, source: SequenceSource) -> Iterator[tuple[SeqBatch, Tensor]]:
-        """This process's batches of one target a user, and what each user counts [B] float32."""
+    def batches(self, source: SequenceSource) -> Iterator[SeqBatch]:
+        """This process's batches of a source with one target a sample."""
         place = self._accelerator.process_index, self._accelerator.num_processes
-        for batch in source.in_order(self.batch_size, *place, filled=self._recorded):
-            weights = batch.target_weights
-            yield batch, torch.ones(len(batch.user), device=source.device) if weights is None else weights
+        return source.in_order(self.batch_size, *place, self._recorded)
+
+    def items(self, batch: SeqBatch) -> Tensor:
+        """The items that `beam_search` finds, [B, K] int64; a recording's next call overwrites them."""
+        consumed = (batch.consumed.values, batch.consumed.offsets) if batch.consumed is not None else ()
+        history = batch.history
+        return self._items(history.max_length, batch.user, history.values, history.offsets, *consumed)
 
     @torch.no_grad()
     def _batch_loss(
@@ -84,12 +83,18 @@ class Evaluation:
 
     @torch.no_grad()
     def _batch_items(self, longest: int, user: Tensor, items: Tensor, offsets: Tensor, *consumed: Tensor) -> Tensor:
-        """The items that `beam_search` finds [B, K]; consumed: values and offsets, where items are left out."""
+        """See `items`. consumed: values and offsets, where items are left out."""
         left_out = JaggedTensor(*consumed, max_length=len(consumed[0])) if consumed else None
         none = JaggedTensor(user[:0], torch.zeros_like(offsets), 0)
         batch = SeqBatch(user, JaggedTensor(items, offsets, longest), none, left_out)
         with self._accelerator.autocast():  # here, so that a recording holds its own casts of the weights
             return beam_search(self.model, tokenize(batch, self.trie.item_codes), self.trie, self.beams).items
+
+
+def _weights(batch: SeqBatch) -> Tensor:
+    """What each user's target counts: [B] float32."""
+    weights = batch.target_weights
+    return torch.ones(len(batch.user), device=batch.user.device) if weights is None else weights
 
 
 def baseline_metrics(
