@@ -165,6 +165,14 @@ def jagged_concat(first: Tensor, second: Tensor, first_offsets: Tensor, second_o
     return torch.empty_like(joined).index_copy(0, torch.cat([first_places, second_places]), joined)
 
 
+def past_attention(packed: Tensor, past: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """See `ops.past.past_attention`."""
+    seen = torch.cat([past[rows], packed[:, None, 1:]], 1)  # [S, P + 1, 2, H, D]
+    query, key, value = packed[:, :1], *seen.to(torch.promote_types(seen.dtype, torch.float32)).unbind(2)
+    weights = ((query * key).sum(-1) * scale).softmax(1)  # [S, P + 1, H]
+    return (weights[..., None] * value).sum(1).to(packed.dtype)
+
+
 def child_log_probs(logits: Tensor, nodes: Tensor, first_child: Tensor, code: Tensor, fanout: int) -> Tensor:
     """See `ops.trie.child_log_probs`."""
     first, last = first_child[nodes][..., None], first_child[nodes + 1][..., None]

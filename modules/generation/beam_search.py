@@ -6,6 +6,7 @@ from data.schemas import RankedItems, TokenizedSeqBatch
 from data.utils import is_consumed
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
+from modules.transformer.model import Past
 
 
 @torch.no_grad()
@@ -23,9 +24,9 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
     nodes = torch.zeros(users, 1, dtype=torch.int32, device=device)
     scores = torch.zeros(users, 1, device=device)
     codes = torch.zeros(users, 1, 0, dtype=torch.int64, device=device)
-    cache = None
+    past = None
     for level, fanout in enumerate(trie.fanout):
-        logits, cache = model.next_code(codes, memory, cache)  # [B, K, V]
+        logits, tokens = model.next_code(codes, memory, past)  # [B, K, V]
         total = scores[..., None] + trie.log_probs(logits, level, nodes)  # [B, K, fanout]
         last = level == trie.n_levels - 1
         if last and batch.consumed is not None:
@@ -40,6 +41,6 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
             before = codes.gather(1, parent[..., None].expand(-1, -1, level))
             codes = torch.cat([before, trie.code[level][nodes].long()[..., None]], -1)
             rows = (parent + torch.arange(users, device=device)[:, None] * logits.shape[1]).flatten()
-            cache = [layer[rows] for layer in cache]
+            past = Past.extend(past, tokens, rows)
     items = trie.leaf_items[nodes].long().masked_fill(scores == float("-inf"), -1)
     return RankedItems(items, scores)
