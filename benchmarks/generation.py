@@ -67,6 +67,8 @@ def measure(options: dict, batch_size: int, beams: int, kind: str, args) -> None
     model = EncoderDecoderRetrievalModel(sizes, **options).to(device).eval()
     recorded = device.type == "cuda" and kind != "eager"
     evaluation = Evaluation(model, trie, beams, batch_size, accelerator, recorded)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     batch_times(evaluation, source)
     first = time.perf_counter() - start

@@ -3,7 +3,8 @@
     python -m benchmarks.trie
 
 A masking step is the distribution over the children of every beam's node, the best of them, and their nodes. On a GPU
-it is timed as a CUDA graph with a cold L2 cache.
+it is timed as a CUDA graph with a cold L2 cache. Its cost follows the widest node of a level, which in random
+catalogues grows with the items; "equally wide" ones have one node of 256 children on each level, whatever their size.
 """
 
 import argparse
@@ -14,11 +15,15 @@ import torch
 from modules.generation.trie import Trie
 
 
-def random_codes(n: int, device: torch.device) -> torch.Tensor:
-    """n distinct tuples of four codes of 256, in no order."""
+def random_codes(n: int, device: torch.device, wide: bool) -> torch.Tensor:
+    """n distinct tuples of four codes of 256, in no order. wide: one node of each level has all 256 children."""
     generator = torch.Generator().manual_seed(0)
+    shifts = torch.tensor([0, 8, 16, 24])
+    path = (torch.arange(256)[:, None] << shifts).flatten().unique() if wide else torch.empty(0, dtype=torch.int64)
     numbers = torch.randint(0, 2**32, (n + n // 8 + 1000,), generator=generator).unique()
-    numbers = numbers[torch.randperm(len(numbers), generator=generator)[:n]].to(device)
+    numbers = numbers[~torch.isin(numbers, path)]
+    numbers = torch.cat([path, numbers[torch.randperm(len(numbers), generator=generator)]])[:n]
+    numbers = numbers[torch.randperm(n, generator=generator)].to(device)
     return torch.stack([numbers >> shift & 255 for shift in (24, 16, 8, 0)], 1).to(torch.int32)
 
 
@@ -74,19 +79,25 @@ def main() -> None:
 
         heading()
     for n in args.items:
-        codes = random_codes(n, device)
-        build = clock(lambda codes=codes: Trie.build(codes), device, 3)[1] / 1e6
-        trie = Trie.build(codes)
-        print(f"{device}: {n:,} items: built in {build:.2f} s, {size(trie):.1f} bytes an item, fanout {trie.fanout}")
-        for users in args.users:
-            for name, search in (("distribution", False), ("and the best children", True)):
-                levels = [masking(trie, level, users, args.beams, search) for level in range(trie.n_levels)]
-                times = ", ".join(" / ".join(f"{t:.1f}" for t in level) for level in levels)
-                total = sum(level[1] for level in levels)
-                print(
-                    f"  {users} x {args.beams} beams, {name}: levels {times} us (p20 / p50 / p80); all {total:.1f} us",
-                    flush=True,
-                )
+        for wide in (False, True):
+            codes = random_codes(n, device, wide)
+            build = clock(lambda codes=codes: Trie.build(codes), device, 3)[1] / 1e6
+            trie = Trie.build(codes)
+            print(
+                f"{device}: {n:,} items{', equally wide' if wide else ''}: built in {build:.2f} s, {size(trie):.1f} "
+                f"bytes an item, fanout {trie.fanout}"
+            )
+            for users in args.users:
+                show(trie, users, args.beams)
+
+
+def show(trie: Trie, users: int, beams: int) -> None:
+    """Two lines: of the distribution alone, and of the whole step."""
+    for name, search in (("distribution", False), ("and the best children", True)):
+        levels = [masking(trie, level, users, beams, search) for level in range(trie.n_levels)]
+        times = ", ".join(" / ".join(f"{t:.1f}" for t in level) for level in levels)
+        total = sum(level[1] for level in levels)
+        print(f"  {users} x {beams} beams, {name}: levels {times} us (p20 / p50 / p80); all {total:.1f} us", flush=True)
 
 
 if __name__ == "__main__":

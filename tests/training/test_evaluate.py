@@ -104,3 +104,4 @@ def test_recordings_read_the_weights_as_they_are(half, exclude_history):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(-1.5)
+    assert all(parameter.grad is None for parameter in model.parameters())
