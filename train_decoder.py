@@ -17,7 +17,7 @@ from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in con
 from data.features import FeatureSource, item_features
 from data.processed import RecDataset, load_corpus
 from data.splits import draw_splits, every_prefix, windows
-from data.utils import SequenceSource, Shuffler, derive_seed, n_fillers, round_up, tokenize
+from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, tokenize
 from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
@@ -126,10 +126,9 @@ def train(
     run.save_config()
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
-    # One process on a GPU replays its passes as CUDA graphs: batches are filled up to a multiple of `grain` items.
+    # One process on a GPU replays its passes as CUDA graphs.
     recorded = device.type == "cuda" and accelerator.num_processes == 1
-    fillers = n_fillers(batch_size) if recorded else 0
-    grain = fillers * max_items
+    fillers = filler_rows(batch_size) if recorded else 0
 
     def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Forward and backward for samples that count `weight` in the step's mean; returns their part of its losses."""
@@ -171,13 +170,13 @@ def train(
             for share in shares[accelerator.process_index :: accelerator.num_processes]:
                 with accelerator.accumulate(prepared):
                     n_items = source.n_items(*share)
-                    size = round_up(n_items, grain) if recorded else n_items
+                    size = filled_size(n_items, fillers, max_items)
                     weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
                     means += replay(size, *share, weight)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
                     optimizer.step()
-                    optimizer.zero_grad(set_to_none=not recorded)
+                    optimizer.zero_grad(set_to_none=True)
             done = step + 1
             health.watch(done, means[0], norm)
             bar.update()
@@ -211,9 +210,8 @@ def train(
     run.load_best(model)
     metrics = {f"valid/{name}": value for name, value in best.items()}
     for name, split in test.items():
-        figures = evaluation.metrics(split, top_k) | baseline_metrics(
-            split, splits.train_lengths, corpus.n_items, top_k
-        )
+        baselines = baseline_metrics(split, splits.train_lengths, corpus.n_items, top_k)
+        figures = evaluation.metrics(split, top_k) | baselines
         metrics |= {f"{name}/{key}": value for key, value in figures.items()}
     if accelerator.is_main_process:
         model.save_pretrained(run.root / "model")

@@ -2,13 +2,14 @@
 
     python -m benchmarks.copies
 
-Needs a CUDA GPU. The limit is the device's copy bandwidth over the bytes that must be read and written.
+Needs a CUDA GPU. The limit is the device's copy bandwidth over the bytes that must be read and written. All but boolean
+masks are timed as CUDA graphs, without the host.
 """
 
 import torch
 
 from benchmarks.attention import beauty_lengths
-from benchmarks.timing import copy_bandwidth, heading, quantiles, row
+from benchmarks.timing import copy_bandwidth, heading, quantiles, replayed, row
 from ops import reference
 from ops.jagged import lengths_to_offsets
 from ops.triton import rows as kernels
@@ -25,22 +26,18 @@ def compare(lengths: torch.Tensor, width: int, dtype: torch.dtype, bandwidth: fl
     print(f"\n[{users}, {longest}, {width}] {str(dtype)[6:]}, {total:,} values")
     print(f"  {'microseconds':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
     limit = (total + users * longest) * unit
-    row("jagged to padded", quantiles(lambda: kernels.jagged_to_padded(values, offsets, longest)), limit)
-    row(
-        "jagged to padded, torch index copy",
-        quantiles(lambda: reference.jagged_to_padded(values, offsets, longest)),
-        limit,
-    )
-    row(
-        "jagged to padded, boolean mask",
-        quantiles(lambda: padded.new_zeros(padded.shape).index_put((mask,), values)),
-        limit,
-    )
-    row("padded to jagged", quantiles(lambda: kernels.padded_to_jagged(padded, offsets, total)), 2 * total * unit)
-    row("padded to jagged, boolean mask", quantiles(lambda: padded[mask]), 2 * total * unit)
+
+    def line(name: str, function, limit: float) -> None:
+        row(name, quantiles(function if "mask" in name else replayed(function)), limit)
+
+    line("jagged to padded", lambda: kernels.jagged_to_padded(values, offsets, longest), limit)
+    line("jagged to padded, torch index copy", lambda: reference.jagged_to_padded(values, offsets, longest), limit)
+    line("jagged to padded, boolean mask", lambda: padded.new_zeros(padded.shape).index_put((mask,), values), limit)
+    line("padded to jagged", lambda: kernels.padded_to_jagged(padded, offsets, total), 2 * total * unit)
+    line("padded to jagged, boolean mask", lambda: padded[mask], 2 * total * unit)
     joined = 2 * (total + users) * unit
-    row("prepend", quantiles(lambda: kernels.concat_rows(prefix, values, ones, offsets, 1, longest)), joined)
-    row("prepend, torch index copy", quantiles(lambda: reference.jagged_concat(prefix, values, ones, offsets)), joined)
+    line("prepend", lambda: kernels.concat_rows(prefix, values, ones, offsets, 1, longest), joined)
+    line("prepend, torch index copy", lambda: reference.jagged_concat(prefix, values, ones, offsets), joined)
 
 
 def main() -> None:

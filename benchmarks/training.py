@@ -14,7 +14,7 @@ import torch
 from benchmarks.attention import BEAUTY
 from data.schemas import Interactions
 from data.splits import every_prefix, windows
-from data.utils import SequenceSource, Shuffler, tokenize
+from data.utils import SequenceSource, Shuffler, filled_size, filler_rows, tokenize
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
 from training.replay import Replay
@@ -66,11 +66,11 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
                                          causal_encoder=not bidirectional).to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     forward = torch.compile(model, dynamic=True) if args.compile else model
-    fillers = -(-batch_size // 32)
     graphed = device.type == "cuda" and not args.eager
+    fillers = filler_rows(batch_size) if graphed else 0
 
     def backward(n_items: int, index: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        batch = tokenize(source.device_batch(index, uniform, n_items, fillers if graphed else 0), trie.item_codes)
+        batch = tokenize(source.device_batch(index, uniform, n_items, fillers), trie.item_codes)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = forward(batch, trie).loss
         loss.backward()
@@ -78,7 +78,6 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
 
     replay = Replay(backward, model, device, graphed)
     shuffler = Shuffler(len(source), batch_size, 0)
-    grain = fillers * MAX_ITEMS
     examples = items = 0
 
     def step(number: int) -> torch.Tensor:
@@ -86,10 +85,10 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
         index, uniform = shuffler.draw(number)
         n_items, n_targets = source.n_items(index, uniform), source.n_targets(index, uniform)
         examples, items = examples + n_targets, items + n_items
-        loss = replay(-(-n_items // grain) * grain if graphed else n_items, index, uniform)
+        loss = replay(filled_size(n_items, fillers, MAX_ITEMS), index, uniform)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad(set_to_none=True)
         return loss
 
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """Batches by tensor indexing: no per-sample Python, no padding, no worker processes."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -109,14 +110,14 @@ class SequenceSource:
         histories and consumed items up to a multiple of some number of items; their targets have weight 0.
         """
         index, n_real = torch.cat([index, torch.arange(n_samples - len(index)) % len(self)]), len(index)
-        on_device, fillers = index.to(self.device, non_blocking=True), n_fillers(n_samples)
-        n_items = round_up(self.n_items(index), fillers * self.max_items)
+        on_device, fillers = index.to(self.device, non_blocking=True), filler_rows(n_samples)
+        n_items = filled_size(self.n_items(index), fillers, self.max_items)
         batch = self.device_batch(on_device, None, n_items, fillers)
         rows = row_indices(batch.targets.offsets, len(batch.targets.values))
         batch = replace(batch, target_weights=batch.target_weights.masked_fill(rows >= n_real, 0.0))
         if not self.exclude_history:
             return batch
-        total = round_up(int(self.samples.position[index].sum()), n_samples * CONSUMED_GRAIN)
+        total = filled_size(int(self.samples.position[index].sum()), n_samples, CONSUMED_GRAIN)
         lengths = F.pad(self._samples.position[on_device], (0, fillers))
         ends = F.pad(self._starts[on_device], (0, fillers)) + lengths
         spare = total - lengths.sum()  # of the first filler
@@ -128,16 +129,6 @@ class SequenceSource:
         for start in range(rank * batch_size, len(self), batch_size * world_size):
             index = torch.arange(start, min(start + batch_size, len(self)))
             yield self.filled_batch(index, min(batch_size, len(self))) if filled else self.batch(index)
-
-
-def n_fillers(n_samples: int) -> int:
-    """How many rows fill up a batch of n_samples: few beside them, yet enough that few sizes of batches occur."""
-    return -(-n_samples // 32)
-
-
-def round_up(number: int, grain: int) -> int:
-    """The next multiple of `grain`."""
-    return -(-number // grain) * grain
 
 
 def _position(samples: Samples, index: Tensor, uniform: Tensor | None) -> Tensor:
@@ -175,6 +166,20 @@ class Shuffler:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", step))
         uniform = torch.rand(self.batch_size, dtype=torch.float64, generator=generator)
         return self._order[place * self.batch_size : (place + 1) * self.batch_size], uniform
+
+
+def filler_rows(batch_size: int) -> int:
+    """How many rows may fill a batch up, so that a few sizes serve all batches.
+
+    The items of a batch vary by its square root, and the sizes lie this many longest histories apart.
+    """
+    return math.isqrt(max(batch_size - 1, 0)) // 2 + 1
+
+
+def filled_size(n_items: int, fillers: int, max_items: int) -> int:
+    """Items of a batch of n_items when it is filled up; without filler rows those it has."""
+    grain = fillers * max_items
+    return -(-n_items // grain) * grain if fillers else n_items
 
 
 def derive_seed(*parts: int | str) -> int:

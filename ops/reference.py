@@ -187,7 +187,7 @@ def add_norm(x: Tensor | None, branch: Tensor, weight: Tensor, dropout: float, e
     """See `ops.residual.add_norm`."""
     hidden = F.dropout(branch, dropout)
     hidden = hidden if x is None else x + hidden
-    return hidden, F.rms_norm(hidden, weight.shape, weight, eps)
+    return hidden, F.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
 
 
 def relu_dropout(x: Tensor, dropout: float) -> Tensor:

@@ -16,12 +16,16 @@ def add_norm(
     2019, eq. 4). dropout: probability; 0 outside training.
 
     Shape: x, branch [..., D], weight [D] -> hidden, in the dtype of x, and normed, in that of autocast where it is on.
+    Without x, hidden starts in that of the branch, or in bfloat16 where autocast is; float16 has not the range for it.
     """
+    kind = branch.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    if x is None and dtype == torch.bfloat16:
+        branch = branch.to(dtype)
     if not has_kernel(branch):
         return reference.add_norm(x, branch, weight, dropout, eps)
     from ops.triton import residual
 
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
     return residual.add_norm(x, branch, weight, _seed(branch, dropout), dropout, eps, dtype)
 
 

@@ -1,12 +1,22 @@
 """Steps of training as CUDA graphs: recorded once for each shape, then replayed without the host in between."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-Recording = tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]  # the graph, where it reads, and its output
 WARMUP = 2  # calls before a recording, in which libraries choose their kernels
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A graph, the tensors that it reads, the one that it returns, and the gradients that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    places: list[Tensor]
+    output: Tensor
+    gradients: list[Tensor | None]
 
 
 class Replay:
@@ -15,47 +25,52 @@ class Replay:
     model: None where the function leaves gradients alone.
     function(size, *inputs): all else that varies from call to call comes in the inputs, and no step of it may ask the
     device for a number. recorded: record every size and shape at its first call, which needs a GPU; otherwise the
-    function is called.
+    function is called. Recorded passes write gradients of their own, which cost nothing to clear: let
+    `zero_grad(set_to_none=True)` do that.
     """
 
     def __init__(
         self, function: Callable[..., Tensor], model: nn.Module | None, device: torch.device, recorded: bool
     ) -> None:
-        self._function, self._model, self._device = function, model, device
+        self._function, self._device = function, device
+        self._parameters = [p for p in model.parameters() if p.requires_grad] if model is not None else []
         self._recordings: dict[tuple, Recording] | None = {} if recorded else None
 
     def __call__(self, size: int, *inputs: Tensor) -> Tensor:
         """inputs: on any device."""
         if self._recordings is None:
             return self._function(size, *(tensor.to(self._device) for tensor in inputs))
+        before = [p.grad.clone() if p.grad is not None else None for p in self._parameters]  # of passes before
         key = (size, *(tensor.shape for tensor in inputs))
         if key not in self._recordings:
             self._recordings[key] = self._record(size, inputs)
-        graph, places, output = self._recordings[key]
-        for place, tensor in zip(places, inputs, strict=True):
+        recording = self._recordings[key]
+        for place, tensor in zip(recording.places, inputs, strict=True):
             place.copy_(tensor, non_blocking=True)
-        graph.replay()
-        return output
+        recording.graph.replay()
+        for parameter, gradient, old in zip(self._parameters, recording.gradients, before, strict=True):
+            parameter.grad = gradient if old is None else gradient.add_(old) if gradient is not None else old
+        return recording.output
 
     def _record(self, size: int, inputs: tuple[Tensor, ...]) -> Recording:
-        """Leaves the gradients and the random numbers to come as they were."""
-        parameters = [p for p in self._model.parameters() if p.requires_grad] if self._model is not None else []
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)  # the recording adds to what lies here
-        gradients, random = [p.grad.clone() for p in parameters], torch.cuda.get_rng_state(self._device)
+        """Leaves the random numbers to come as they were, and no gradients."""
+        random = torch.cuda.get_rng_state(self._device)
         places = [tensor.to(self._device, copy=True) for tensor in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUP):
+                self._clear()
                 self._function(size, *places)
+        self._clear()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._recordings.values()))[0].pool() if self._recordings else None
+        pool = next(iter(self._recordings.values())).graph.pool() if self._recordings else None
         with torch.cuda.graph(graph, pool=pool):
             output = self._function(size, *places)
         torch.cuda.set_rng_state(random, self._device)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad.copy_(gradient)
-        return graph, places, output
+        return Recording(graph, places, output, [p.grad for p in self._parameters])
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None

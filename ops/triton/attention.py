@@ -12,56 +12,68 @@ from ops.triton.attention_kernels import (
     backward_query_kernel,
     bias_table_kernel,
     forward_kernel,
+    key_ranges_kernel,
+    query_ranges_kernel,
     sum_diagonals_kernel,
 )
 
-MAX_PROGRAMS = 16384  # that share the rows of a launch
-MAX_PARTS = 2048  # programs that sum the bias gradient, each into a part of its own
+MAX_PARTS = 1056  # programs that sum the bias gradient, each into a part of its own
 
 
-def _tiles(max_query: int, max_key: int, head_dim: int, half: bool, limited_backward: bool) -> dict[str, int]:
-    """Block sizes, warps and stages: rows of a few blocks get one warp each, long rows the largest efficient tiles."""
+def _tiles(max_query: int, max_key: int, head_dim: int, half: bool) -> dict[str, int]:
+    """Block sizes, warps and stages: small blocks for short rows, the largest efficient ones for long rows."""
     small = half and head_dim <= 64
     if max_key <= 192:
-        tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2}
-        if limited_backward:  # sums the bias gradient by distance, which costs less in wide blocks
-            return tiles | {"BLOCK_N": 32 if small else 16}
-        return tiles | {"maxnreg": 128} if small else tiles  # twice the warps a multiprocessor
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2}
     block, stages = (64, 3) if small else (32, 2)  # what fits in shared memory
     return {"BLOCK_M": 16 if max_query <= 16 else block, "BLOCK_N": block, "num_warps": 4, "num_stages": stages}
 
 
-def _launch(rows: int, heads: int, max_length: int, block: int, most: int) -> tuple[tuple[int], int, int]:
-    """Grid, pieces of work, and pieces a row: short rows are taken whole, long ones in blocks."""
-    pieces = 1 if max_length <= 6 * block else triton.cdiv(max_length, block)
-    programs = min(rows * pieces, max(1, most // heads))
-    return (programs * heads,), rows * pieces, pieces
-
-
 def _constants(
-    query: Tensor,
-    max_query: int,
-    max_key: int,
-    bias: Tensor | None,
-    key_limits: Tensor | None,
-    causal: bool,
-    segment: int,
-    backward: bool = False,
+    query: Tensor, memory: Tensor | None, max_query: int, max_key: int, bias: Tensor | None, key_limits: Tensor | None
 ) -> dict:
     """What the kernels are compiled for."""
     head_dim, half = query.shape[2], query.dtype != torch.float32
-    tiles = _tiles(max_query, max_key, head_dim, half, backward and key_limits is not None)
+    tiles = _tiles(max_query, max_key, head_dim, half)
     tf32 = half or torch.get_float32_matmul_precision() != "highest"
+    square = memory is None and tiles["BLOCK_M"] == tiles["BLOCK_N"]  # diagonals of blocks are those of distances
     return {
         "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "HAS_BIAS": bias is not None,
-        "TILED": bias is not None and key_limits is None and tiles["BLOCK_M"] == tiles["BLOCK_N"],
-        "MASK": LIMITS if key_limits is not None else CAUSAL if causal else ALL,
-        "SEGMENT": segment,
+        "TILED": bias is not None and key_limits is None and square,
         "PRECISION": "tf32" if tf32 else "ieee",
         **tiles,
     }
+
+
+def _ranges_grid(rows: int, longest: int) -> tuple[tuple[int, int], dict[str, int]]:
+    length = min(32, triton.next_power_of_2(max(longest, 1)))
+    blocks = {"ROWS": 1024 // length, "LENGTH": length}
+    return (triton.cdiv(rows, blocks["ROWS"]), triton.cdiv(max(longest, 1), length)), blocks
+
+
+def _key_ranges(
+    total: int, q_offsets: Tensor, k_offsets: Tensor, max_query: int, key_limits: Tensor | None, causal: bool
+) -> Tensor:
+    """First key, last key + 1 and place of each query: [3, Tq] int32, counted from the first key of all rows."""
+    ranges = torch.empty(3, total, dtype=torch.int32, device=q_offsets.device)
+    rows, mask = len(q_offsets) - 1, LIMITS if key_limits is not None else CAUSAL if causal else ALL
+    if total:
+        limits = key_limits.contiguous() if key_limits is not None else None
+        grid, blocks = _ranges_grid(rows, max_query)
+        key_ranges_kernel[grid](q_offsets, k_offsets, limits, *ranges, rows, mask, **blocks)
+    return ranges
+
+
+def _query_ranges(total: int, q_offsets: Tensor, k_offsets: Tensor, max_key: int, causal: bool) -> Tensor:
+    """First query that may see each key, and the last + 1: [2, Tk] int32, counted from the first query of all rows."""
+    ranges = torch.empty(2, total, dtype=torch.int32, device=q_offsets.device)
+    rows = len(q_offsets) - 1
+    if total:
+        grid, blocks = _ranges_grid(rows, max_key)
+        query_ranges_kernel[grid](q_offsets, k_offsets, *ranges, rows, CAUSAL if causal else ALL, **blocks)
+    return ranges
 
 
 def _bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[Tensor | None, int, int, int]:
@@ -73,18 +85,15 @@ def _bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[
     radius, block = bias.shape[1] // 2, constants["BLOCK_M"]
     if not constants["TILED"]:
         return bias, bias.shape[1], radius, 0
-    reach = min(triton.cdiv(max_length, block) - 1, (radius + block - 2) // block)
+    reach = min(_farthest(max_length, block), (radius + block - 2) // block)
     table = torch.empty(len(bias), 2 * reach + 3, block, block, dtype=torch.float32, device=bias.device)
     bias_table_kernel[(2 * reach + 3, len(bias))](bias, table, radius, reach, block)
     return table, table.stride(0), radius, reach
 
 
-def _segments(memory: Tensor | None, total: int, rows: int, max_query: int) -> tuple[int, int]:
-    """Rows of self-attention that are all full and so short that a block holds several: their length, and the number of
-    blocks. Otherwise 0, and the number of rows."""
-    if memory is not None or total != rows * max_query or not 0 < max_query <= 8:
-        return 0, rows
-    return max_query, triton.cdiv(total, 16 // max_query * max_query)
+def _farthest(max_length: int, block: int) -> int:
+    """How many blocks two tokens of a row can be apart."""
+    return triton.cdiv(max(max_length - 1, 0), block)
 
 
 def _parts(query: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,28 +119,29 @@ def attention(
     causal: bool = False,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.jagged.jagged_attention`. Returns out [Tq, H, D] and lse [Tq, H] float32, in units of log 2.
+    """See `ops.jagged.jagged_attention`. Returns out [Tq, H, D] and lse [H, Tq] float32, in units of log 2.
 
-    query, memory: float32, float16 or bfloat16, both alike; D at most 128.
+    query, memory: float32, float16 or bfloat16, both alike, less than 2^31 tokens; D at most 128. A value that is not
+    finite may spoil the rows beside its own.
     """
     query, key, value = _addressable(*_parts(query, memory))
     query_offsets, key_offsets = query_offsets.contiguous(), key_offsets.contiguous()
-    key_limits = key_limits.contiguous() if key_limits is not None else None
     total, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
-    lse = torch.empty(total, heads, dtype=torch.float32, device=query.device)
-    segment, rows = _segments(memory, total, query_offsets.shape[0] - 1, max_query)
-    constants = _constants(query, max_query, max_key, bias, key_limits, causal, segment)
+    lse = torch.empty(heads, total, dtype=torch.float32, device=query.device)
+    if not total:
+        return out, lse
+    if not len(key):
+        return out.zero_(), lse.zero_()
+    constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     table, bias_stride, radius, reach = _bias_table(bias, max(max_query, max_key), constants)
-    if total and rows:
-        grid, work, pieces = _launch(rows, heads, max_query, constants["BLOCK_M"], MAX_PROGRAMS)
-        forward_kernel[grid](
-            query, key, value, table, key_limits, out, lse,
-            query_offsets, key_offsets,
-            query.stride(0), key.stride(0), value.stride(0), out.stride(0),
-            heads, work, pieces, total, bias_stride, radius, reach, scale,
-            **constants,
-        )  # fmt: skip
+    ranges = _key_ranges(total, query_offsets, key_offsets, max_query, key_limits, causal)
+    forward_kernel[(heads * triton.cdiv(total, constants["BLOCK_M"]),)](
+        query, key, value, table, *ranges, out, lse,
+        query.stride(0), key.stride(0), value.stride(0), out.stride(0),
+        heads, total, len(key), bias_stride, radius, reach, scale,
+        **constants,
+    )  # fmt: skip
     return out, lse
 
 
@@ -139,7 +149,7 @@ def attention(
 def _(query, memory, query_offsets, key_offsets, max_query, max_key, bias=None, key_limits=None, causal=False,
       scale=1.0):  # fmt: skip
     query = _parts(query, memory)[0]
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[1::-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("jagged::attention_backward", mutates_args=())
@@ -160,52 +170,58 @@ def attention_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, memory (empty without it) and bias [H, 2R+1] float32 (empty without `bias_grad`)."""
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (query, memory) if t is not None]
-    grad_query, grad_key, grad_value = _parts(grads[0], grads[1] if memory is not None else None)
-    grads = grads if memory is not None else [*grads, query.new_empty(0)]
+    grad_query, grad_memory = (_like(t) if t is not None else query.new_empty(0) for t in (query, memory))
+    grads = _parts(grad_query, grad_memory if memory is not None else None)
     query, key, value, grad_out = _addressable(*_parts(query, memory), grad_out)
     query_offsets, key_offsets = query_offsets.contiguous(), key_offsets.contiguous()
-    key_limits = key_limits.contiguous() if key_limits is not None else None
     total, heads, _ = query.shape
+    if not (total and len(key)):
+        grad_bias = lse.new_zeros(bias.shape) if bias_grad else lse.new_empty(0)
+        return grad_query.zero_(), grad_memory.zero_(), grad_bias
+    constants = _constants(query, memory, max_query, max_key, bias, key_limits)
+    longest, block = max(max_query, max_key), constants["BLOCK_M"]
+    table, bias_stride, radius, reach = _bias_table(bias, longest, constants)
+    ranges = _key_ranges(total, query_offsets, key_offsets, max_query, key_limits, causal)
+    width = (2 * reach + 1) * block**2 + 2 * block if constants["TILED"] else bias_stride
+    programs = triton.cdiv(total, block)
+    if bias_grad:
+        programs = min(programs, max(1, MAX_PARTS // heads))
+    parts = lse.new_zeros(programs if bias_grad else 0, heads, width)
     delta = torch.empty_like(lse)
-    segment, rows = _segments(memory, total, query_offsets.shape[0] - 1, max_query)
-    constants = _constants(query, max_query, max_key, bias, key_limits, causal, segment, backward=True)
-    table, bias_stride, radius, reach = _bias_table(bias, max(max_query, max_key), constants)
-    distances = triton.next_power_of_2(2 * radius + 1)
-    most, block = MAX_PARTS if bias_grad else MAX_PROGRAMS, constants["BLOCK_M"]
-    grid, work, pieces = _launch(rows, heads, max_query, block, most)
-    k_grid, k_work, k_pieces = _launch(rows, heads, max_key, constants["BLOCK_N"], MAX_PROGRAMS)
-    blocks = (2 * reach + 1) * block**2
-    width = blocks + 2 * block if constants["TILED"] else bias_stride
-    parts = lse.new_zeros(grid[0] // heads, heads, width) if bias_grad else lse.new_empty(0)
-    options = constants | {
-        "BIAS_GRAD": bias_grad, "FAR": max(max_query, max_key) > (reach + 1) * block, "WIDTH": distances
-    }  # fmt: skip
-    if total and rows:
-        backward_query_kernel[grid](
-            query, key, value, table, key_limits, out, lse, grad_out, delta, grad_query, parts,
-            query_offsets, key_offsets,
-            query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grad_query.stride(0),
-            heads, work, pieces, total, bias_stride, radius, reach, scale, width,
-            **options,
-        )  # fmt: skip
-    if key.shape[0] and rows:
-        backward_key_kernel[k_grid](
-            query, key, value, table, key_limits, lse, grad_out, delta, grad_key, grad_value,
-            query_offsets, key_offsets,
-            query.stride(0), key.stride(0), value.stride(0), grad_out.stride(0), grad_key.stride(0),
-            grad_value.stride(0),
-            heads, k_work, k_pieces, total, bias_stride, radius, reach, scale,
-            **constants,
-        )  # fmt: skip
+    backward_query_kernel[(programs * heads,)](
+        query, key, value, table, *ranges, out, lse, grad_out, delta, grads[0], parts,
+        query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grads[0].stride(0),
+        heads, total, len(key), bias_stride, radius, reach, scale, width,
+        **constants, BIAS_GRAD=bias_grad, RIGHT=not causal, FAR=_farthest(longest, block) > reach,
+        WIDTH=triton.next_power_of_2(2 * radius + 1),
+    )  # fmt: skip
+    q_ranges = _query_ranges(len(key), query_offsets, key_offsets, max_key, causal)
+    if block == 16 and query.dtype != torch.float32 and query.shape[2] <= 64:
+        constants["maxnreg"] = 128  # a third more warps on a multiprocessor, and nothing spills
+    backward_key_kernel[(heads * triton.cdiv(len(key), constants["BLOCK_N"]),)](
+        query, key, value, table, *ranges, *q_ranges, lse, grad_out, delta, *grads[1:],
+        query.stride(0), key.stride(0), value.stride(0), grad_out.stride(0), grads[1].stride(0), grads[2].stride(0),
+        heads, total, len(key), bias_stride, radius, reach, scale,
+        **constants,
+    )  # fmt: skip
     if not bias_grad:
-        return *grads, parts
-    sums = parts.sum(0)
+        return grad_query, grad_memory, lse.new_empty(0)
+    return grad_query, grad_memory, _bias_gradient(parts.sum(0), bias, constants, radius, reach)
+
+
+def _bias_gradient(sums: Tensor, bias: Tensor, constants: dict, radius: int, reach: int) -> Tensor:
+    """From the sums of all programs [H, width] -> [H, 2R+1] float32."""
     if not constants["TILED"]:
-        return *grads, sums
+        return sums
     grad_bias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
-    sum_diagonals_kernel[(heads,)](sums, grad_bias, width, radius, reach, block, distances)
-    return *grads, grad_bias
+    width = triton.next_power_of_2(2 * radius + 1)
+    sum_diagonals_kernel[(len(bias),)](sums, grad_bias, sums.shape[1], radius, reach, constants["BLOCK_M"], width)
+    return grad_bias
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Contiguous, whatever the tensor is."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 @attention_backward.register_fake

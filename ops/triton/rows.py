@@ -51,7 +51,7 @@ def _launch(
     if not (len(lengths) and width and longest):
         return
     block_w = min(triton.next_power_of_2(width), 512)
-    block_m = max(1, TILE // block_w)
+    block_m = min(max(1, TILE // block_w), triton.next_power_of_2(longest))
     _copy_kernel[(len(lengths), triton.cdiv(longest, block_m))](
         source.contiguous(), target, lengths, source_starts, target_starts, source_capacity, target_capacity, width,
         fill, source_starts is not None, target_starts is not None, target_capacity > 0, block_m, block_w,

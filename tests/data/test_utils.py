@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from data.schemas import Interactions, SeqBatch
 from data.splits import every_prefix, leave_one_out, windows
-from data.utils import CONSUMED_GRAIN, SequenceSource, Shuffler, derive_seed, is_consumed, n_fillers, tokenize
+from data.utils import (
+    CONSUMED_GRAIN,
+    SequenceSource,
+    Shuffler,
+    derive_seed,
+    filled_size,
+    filler_rows,
+    is_consumed,
+    tokenize,
+)
 from ops.jagged import JaggedTensor
 
 CPU = torch.device("cpu")
@@ -205,6 +214,15 @@ def test_fillers_make_up_the_size_and_leave_the_samples_as_they_are(every_positi
         assert filled.target_weights.tolist() == [1.0] * n_targets + [0.0] * (len(filled.targets.values) - n_targets)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 5000), st.integers(1, 50), st.data())
+def test_a_batch_is_filled_up_by_less_than_the_fillers_can_hold(batch_size, max_items, data):
+    n_items, fillers = data.draw(st.integers(1, batch_size * max_items)), filler_rows(batch_size)
+    size = filled_size(n_items, fillers, max_items)
+    assert n_items <= size < n_items + fillers * max_items and size % (fillers * max_items) == 0
+    assert filled_size(n_items, 0, max_items) == n_items
+
+
 def test_fillers_may_be_longer_than_the_data():
     interactions = Interactions(torch.arange(6, dtype=torch.int32), torch.tensor([0, 6]))
     source = SequenceSource(interactions, windows(interactions.offsets.diff(), 20), 20, torch.device("cpu"), True)
@@ -223,7 +241,7 @@ def test_filled_batches_hold_each_sample_once_and_have_few_shapes(rows, max_item
     plain, filled = ([*source.in_order(batch_size, filled=filled)] for filled in (False, True))
     width = min(batch_size, len(source))
     for mine, theirs in zip(filled, plain, strict=True):
-        n, fillers = len(theirs.user), n_fillers(width)
+        n, fillers = len(theirs.user), filler_rows(width)
         assert len(mine.user) == width + fillers and len(mine.history.values) % (fillers * max_items) == 0
         assert mine.target_weights.tolist() == [1.0] * n + [0.0] * (len(mine.user) - n)
         assert torch.equal(mine.user[:n], theirs.user)

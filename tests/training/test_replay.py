@@ -30,11 +30,13 @@ def inputs(step: int) -> tuple[int, torch.Tensor, torch.Tensor]:
     return 3 + step % 2, torch.arange(step, step + 5), torch.tensor(0.5 + step)
 
 
-def run(replay: Replay, model: nn.Module) -> list[torch.Tensor]:
-    """Losses of each step, and the gradients that pile up."""
+def run(replay: Replay, model: nn.Module, clear: bool = False) -> list[torch.Tensor]:
+    """Losses of each step, and the gradients in the end, of the last step if the others are cleared."""
     results = []
     for step in range(6):
         torch.manual_seed(step)
+        if clear:
+            model.zero_grad(set_to_none=True)
         results.append(replay(*inputs(step)).clone())
     return [*results, *(p.grad.clone() for p in model.parameters())]
 
@@ -52,12 +54,13 @@ def test_without_recording_the_function_is_called():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("clear", [True, False], ids=["cleared", "accumulated"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_recorded_passes_give_the_losses_and_gradients_of_called_ones():
+def test_recorded_passes_give_the_losses_and_gradients_of_called_ones(clear):
     device, calls = torch.device("cuda"), []
     called, recorded = make_model("cuda"), make_model("cuda")
-    expected = run(Replay(passes(called), called, device, recorded=False), called)
-    actual = run(Replay(passes(recorded, calls), recorded, device, recorded=True), recorded)
+    expected = run(Replay(passes(called), called, device, recorded=False), called, clear)
+    actual = run(Replay(passes(recorded, calls), recorded, device, recorded=True), recorded, clear)
     assert len(calls) < 12 and set(calls) == {3, 4}
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

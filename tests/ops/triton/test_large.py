@@ -1,0 +1,76 @@
+"""Tensors of more than 2^31 elements, whose addresses do not fit 32 bits, on a GPU with the memory for them."""
+
+import pytest
+import torch
+
+from ops import reference
+
+attention = pytest.importorskip("ops.triton.attention").attention
+rows = pytest.importorskip("ops.triton.rows")
+residual = pytest.importorskip("ops.triton.residual")
+
+LARGE = 2**31 + 2**20
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 70 * 2**30,
+        reason="needs a CUDA device with 70 GiB",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def release():
+    yield
+    torch.cuda.empty_cache()
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+
+
+def test_attention_and_its_gradients():
+    heads, dim, length = 8, 128, 100
+    count = LARGE // (3 * heads * dim) // length + 1
+    packed, weights = noise(count * length, 3, heads, dim), noise(length, heads, dim)
+    offsets = torch.arange(count + 1, device="cuda") * length
+    bias = torch.randn(heads, 2 * 128 + 1, device="cuda")
+    packed.requires_grad_()
+    out = attention(packed, None, offsets, offsets, length, length, bias, None, True, dim**-0.5)[0]
+    assert packed.numel() > 2**31
+    grad = torch.autograd.grad((out[-length:].float() * weights).sum(), packed)[0]
+    last = packed.detach()[-length:].double().requires_grad_()
+    expected = reference.jagged_attention(
+        last, None, offsets[:2], offsets[:2], length, length, bias.double(), None, True, dim**-0.5
+    )
+    wanted = torch.autograd.grad((expected * weights).sum(), last)[0]
+    torch.testing.assert_close(out[-length:].double(), expected, rtol=0, atol=2e-2)
+    torch.testing.assert_close(grad[-length:].double(), wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))
+    assert not grad[:-length].any()
+
+
+def test_copies_of_rows():
+    width, length = 512, 64
+    count = LARGE // width // length + 1
+    values, lengths = noise(count * length, width), torch.full((count,), length, device="cuda")
+    lengths[0], lengths[-1] = 1, length - 1
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    values = values[: int(offsets[-1])]
+    padded = rows.jagged_to_padded(values, offsets, length)
+    assert padded.numel() > 2**31 and torch.equal(padded[-1, :-1], values[1 - length :]) and not padded[-1, -1].any()
+    assert torch.equal(rows.padded_to_jagged(padded, offsets, len(values)), values)
+
+
+def test_sums_normalizations_and_dropout():
+    width = 512
+    x, branch = noise(LARGE // width + 1, width), noise(LARGE // width + 1, width)
+    weight, seed = torch.rand(width, device="cuda"), torch.tensor([77], device="cuda")
+    hidden, normed = residual.add_norm(x, branch, weight, None, 0.0, 1e-6, torch.bfloat16)
+    expected = reference.add_norm(x[-3:].float(), branch[-3:].float(), weight, 0.0, 1e-6)
+    for actual, wide in zip((hidden, normed), expected, strict=True):
+        torch.testing.assert_close(actual[-3:].float(), wide, rtol=0, atol=5e-2)
+    out = residual.relu_dropout(x, seed, 0.5)
+    kept = out[-1000:] > 0
+    assert torch.equal(out[-1000:][kept], 2 * x[-1000:][kept])
+    assert float(kept.float().mean()) == pytest.approx(0.25, abs=0.01)
