@@ -174,7 +174,7 @@ def past_attention(packed: Tensor, past: Tensor, rows: Tensor, scale: float) -> 
 
 
 def child_log_probs(logits: Tensor, nodes: Tensor, first_child: Tensor, code: Tensor, fanout: int) -> Tensor:
-    """See `ops.trie.child_log_probs`."""
+    """See `ops.children.child_log_probs`."""
     first, last = first_child[nodes][..., None], first_child[nodes + 1][..., None]
     child = first + torch.arange(fanout, dtype=first.dtype, device=first.device)  # [..., fanout]
     exists = child < last

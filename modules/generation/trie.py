@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from modules.tokenizer.semids import lexicographic_order
+from ops.children import child_log_probs
 from ops.jagged import lengths_to_offsets
-from ops.trie import child_log_probs
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def _kernel(
 
 @torch.library.custom_op("retrieval::child_log_probs", mutates_args=())
 def child_log_probs(logits: Tensor, nodes: Tensor, first_child: Tensor, code: Tensor, fanout: int) -> Tensor:
-    """See `ops.trie.child_log_probs`; without gradients."""
+    """See `ops.children.child_log_probs`; without gradients."""
     logits, nodes = logits.contiguous(), nodes.contiguous()
     out = torch.empty(*nodes.shape, fanout, dtype=torch.float32, device=logits.device)
     if n_rows := nodes.numel():

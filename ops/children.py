@@ -18,6 +18,6 @@ def child_log_probs(logits: Tensor, nodes: Tensor, first_child: Tensor, code: Te
     arguments = (logits, nodes, first_child, code, fanout)
     if not has_kernel(logits) or (torch.is_grad_enabled() and logits.requires_grad):
         return reference.child_log_probs(*arguments)
-    from ops.triton import trie
+    from ops.triton import children
 
-    return trie.child_log_probs(*arguments)
+    return children.child_log_probs(*arguments)

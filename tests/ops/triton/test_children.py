@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops import reference
-from ops.trie import child_log_probs
+from ops.children import child_log_probs
 from tests.ops.triton.device import DEVICE, DTYPES, TOLERANCE
 
-kernels = pytest.importorskip("ops.triton.trie")
+kernels = pytest.importorskip("ops.triton.children")
 
 
 def level(children: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor, int]:
