@@ -200,7 +200,7 @@ def embed_codes(codes: Tensor, starts: Tensor, table: Tensor, prefix_table: Tens
     if prefix_table is None or codes.shape[1] < 2:
         return embedded
     prefixes = F.embedding(hash_prefixes(codes)[:, 1:] % len(prefix_table), prefix_table)  # [T, l-1, dim]
-    return torch.cat([embedded[:, :1], embedded[:, 1:] + prefixes], 1)
+    return embedded + F.pad(prefixes, (0, 0, 1, 0))
 
 
 def hash_prefixes(codes: Tensor) -> Tensor:

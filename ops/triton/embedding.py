@@ -66,9 +66,9 @@ def _sum_runs(
     for i in range(start, stop):
         key = tl.load(keys + i)
         ends = tl.load(keys + i + 1, mask=i + 1 < n_pairs, other=-1) != key
-        pair = tl.load(order + i)
+        pair = tl.load(order + i).to(tl.int32)
         kind = pair % PAIRS
-        row = pair // PAIRS * LEVELS + tl.where(kind < LEVELS, kind, kind - LEVELS + 1)
+        row = (pair // PAIRS * LEVELS + tl.where(kind < LEVELS, kind, kind - LEVELS + 1)).to(tl.int64)
         total += tl.load(grad + row * width + columns, mask=inside, other=0.0).to(tl.float32)
         opens = (key != first) | (begun == 0)
         tl.store(sums + key.to(tl.int64) * width + columns, total.to(sums.dtype.element_ty), mask=inside & ends & opens)

@@ -54,15 +54,16 @@ def _forward(
 def _backward(
     logits, first_child, code, nodes, targets, normalizers, grad_losses, grad_logits,
     P, V, node_stride, target_stride, grad_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dx[code[c]] = dloss * (exp(x[code[c]] - normalizer) - [c is the target]) for the children c, 0 elsewhere."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    own = tl.program_id(0).to(tl.int64) * ROWS
+    rows = own + tl.arange(0, ROWS)
     real = rows < P
-    zeros = tl.zeros([ROWS, BLOCK_V], grad_logits.dtype.element_ty)
-    for start in range(0, V, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)[None, :]
-        tl.store(grad_logits + rows[:, None] * V + columns, zeros, mask=real[:, None] & (columns < V))
+    size = tl.minimum(ROWS, P - own) * V
+    for start in range(0, size, TILE):
+        place = start + tl.arange(0, TILE)
+        tl.store(grad_logits + own * V + place, tl.zeros([TILE], grad_logits.dtype.element_ty), mask=place < size)
     first, end = _range_of_children(first_child, nodes, node_stride, rows, real)
     target = tl.load(targets + rows * target_stride, mask=real, other=0)
     normalizer = tl.load(normalizers + rows, mask=real, other=0.0)
@@ -122,11 +123,10 @@ def trie_cross_entropy_backward(
     P, V = logits.shape
     grad_logits = torch.empty_like(logits)
     if P:
-        block_v = _block(V)
-        rows = TILE // block_v
+        rows = TILE // _block(V)
         _backward[(triton.cdiv(P, rows),)](
             logits, first_child, code, nodes, targets, normalizers, grad_losses, grad_logits,
-            P, V, nodes.stride(0), targets.stride(0), grad_losses.stride(0), rows, _block(fanout), block_v,
+            P, V, nodes.stride(0), targets.stride(0), grad_losses.stride(0), rows, _block(fanout), TILE,
             num_warps=1,
         )  # fmt: skip
     return grad_logits
