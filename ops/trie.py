@@ -34,6 +34,6 @@ def trie_cross_entropy(
     arguments = (logits, first_child, code, nodes, targets, fanout)
     if not has_kernel(logits):
         return reference.trie_cross_entropy(*arguments)
-    from ops.triton.trie import trie_cross_entropy as kernel
+    from ops.triton.cross_entropy import trie_cross_entropy as kernel
 
     return kernel(*arguments)[0]

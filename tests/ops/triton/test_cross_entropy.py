@@ -6,7 +6,7 @@ import torch
 from ops import reference
 from tests.ops.triton.device import DEVICE, DTYPES, TOLERANCE
 
-cross_entropy = pytest.importorskip("ops.triton.trie").trie_cross_entropy
+cross_entropy = pytest.importorskip("ops.triton.cross_entropy").trie_cross_entropy
 
 FANOUTS = {
     "one child": ([1], 1),
