@@ -94,9 +94,9 @@ class EncoderDecoderRetrievalModel(nn.Module):
         return self.decoder.memory(self.encoder(history))
 
     def _level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """hidden [..., dim] -> float32 logits [..., V_level]."""
+        """hidden [..., dim] -> logits [..., V_level], in the dtype of autocast where it is on."""
         start = sum(self.level_sizes[:level])
-        return F.linear(hidden, self.head.weight[start : start + self.level_sizes[level]]).float()
+        return F.linear(hidden, self.head.weight[start : start + self.level_sizes[level]])
 
     def _target_view(self, batch: TokenizedSeqBatch) -> MemoryView:
         """Target i of a user sees the user token and the items before it."""
@@ -115,7 +115,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
     def level_logits(self, batch: TokenizedSeqBatch, target_codes: Tensor) -> list[Tensor]:
         """Logits of every level given the target's codes before it (teacher forcing).
 
-        Shape: target_codes [P, L'] -> L' tensors [P, V_level] float32.
+        Shape: target_codes [P, L'] -> L' tensors [P, V_level], in the dtype of autocast where it is on.
         """
         before = self.code_embedder(target_codes[:, :-1])  # [P, L'-1, dim]
         start = self.start.expand(len(before), 1, -1).to(before.dtype)
@@ -130,13 +130,13 @@ class EncoderDecoderRetrievalModel(nn.Module):
         items of the trie and no capacity goes into learning which tuples exist.
         """
         items = batch.targets.values
-        codes, nodes = trie.item_codes[items].long(), trie.item_nodes[items]  # [P, L'], [P, L'+1]
-        losses = []
-        for level, logits in enumerate(self.level_logits(batch, codes)):
-            log_probs = trie.log_probs(logits, level, nodes[:, level])  # [P, fanout]
-            child = (nodes[:, level + 1] - trie.first_child[level][nodes[:, level]]).long()
-            losses.append(-log_probs.gather(-1, child[:, None])[:, 0])
-        level_losses = torch.stack(losses)  # [L', P]
+        codes, nodes = trie.item_codes[items], trie.item_nodes[items]  # [P, L'], [P, L'+1]
+        level_losses = torch.stack(
+            [
+                trie.cross_entropy(logits, level, nodes[:, level], nodes[:, level + 1])
+                for level, logits in enumerate(self.level_logits(batch, codes))
+            ]
+        )  # [L', P]
         if batch.target_weights is None:
             level_losses = level_losses.mean(1)
         else:
@@ -147,7 +147,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         """Logits of the next level's codes, one step of generation.
 
         codes: [B, K, level], the prefix of each beam; K = 1 at level 0. past: of the steps before, for B * K sequences.
-        Returns logits [B, K, V_level] float32 and each layer's keys and values [B * K, 2, H, D], for `Past.extend`.
+        Returns logits [B, K, V_level] and each layer's keys and values [B * K, 2, H, D], for `Past.extend`.
         """
         batch, beams, level = codes.shape
         if level == 0:

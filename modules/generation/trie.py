@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from modules.tokenizer.semids import lexicographic_order
-from ops.children import child_log_probs
 from ops.jagged import lengths_to_offsets
+from ops.trie import child_log_probs, trie_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -88,4 +88,13 @@ class Trie:
         Shape: logits [..., V] of the codes of this level, nodes [...] of `depth` -> log-probabilities float32
         [..., fanout[depth]], -inf where a child does not exist.
         """
-        return child_log_probs(logits, nodes, self.first_child[depth], self.code[depth], self.fanout[depth])
+        return child_log_probs(logits, self.first_child[depth], self.code[depth], nodes, self.fanout[depth])
+
+    def cross_entropy(self, logits: Tensor, depth: int, nodes: Tensor, targets: Tensor) -> Tensor:
+        """-log of the probability, as in `log_probs`, of one child of each node.
+
+        Shape: logits [P, V] of the codes of this level, nodes [P] of `depth`, targets [P] of depth + 1 -> [P], float32
+        or wider.
+        """
+        level = self.first_child[depth], self.code[depth]
+        return trie_cross_entropy(logits, *level, nodes, targets, self.fanout[depth])

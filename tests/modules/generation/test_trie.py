@@ -61,6 +61,10 @@ def test_log_probs_are_a_distribution_over_the_items(codes, seed):
             total[item] += expected
             assert float(log_probs[node, siblings.index(row[depth])]) == pytest.approx(float(expected), abs=1e-5)
             assert int(log_probs[node].isfinite().sum()) == len(siblings)
+            loss = trie.cross_entropy(
+                logits[[node]], depth, torch.tensor([node]), trie.item_nodes[item, depth + 1, None]
+            )
+            assert loss.dtype == torch.float32 and float(loss) == pytest.approx(-float(expected), abs=1e-5)
     assert float(total.exp().sum()) == pytest.approx(1, abs=1e-9)
 
 

@@ -3,7 +3,7 @@
     out[r, j] = logits[r, c(j)] - log sum_i exp(logits[r, c(i)]),   c(j) = code[first[node[r]] + j],   0 <= j < children
 
 It reads the logits and codes of the children alone and writes the result, which bounds it: fanout float32 numbers a
-row, however many nodes there are.
+row, however many nodes there are. Without gradient: only generation looks at all children.
 """
 
 import torch
@@ -17,7 +17,7 @@ MAX_ROWS = 64  # of a program
 
 @triton.jit
 def _kernel(
-    logits, nodes, first_child, code, out, n_rows, width, fanout,
+    logits, first_child, code, nodes, out, n_rows, width, fanout,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -45,19 +45,19 @@ def _kernel(
 
 
 @torch.library.custom_op("retrieval::child_log_probs", mutates_args=())
-def child_log_probs(logits: Tensor, nodes: Tensor, first_child: Tensor, code: Tensor, fanout: int) -> Tensor:
-    """See `ops.children.child_log_probs`; without gradients."""
+def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> Tensor:
+    """See `ops.trie.child_log_probs`; without gradients."""
     logits, nodes = logits.contiguous(), nodes.contiguous()
     out = torch.empty(*nodes.shape, fanout, dtype=torch.float32, device=logits.device)
     if n_rows := nodes.numel():
         block = min(triton.next_power_of_2(fanout), TILE)
         rows = min(TILE // block, MAX_ROWS)
         _kernel[(triton.cdiv(n_rows, rows),)](
-            logits, nodes, first_child, code, out, n_rows, logits.shape[-1], fanout, ROWS=rows, BLOCK=block
+            logits, first_child, code, nodes, out, n_rows, logits.shape[-1], fanout, ROWS=rows, BLOCK=block
         )
     return out
 
 
 @child_log_probs.register_fake
-def _(logits, nodes, first_child, code, fanout):
+def _(logits, first_child, code, nodes, fanout):
     return logits.new_empty(*nodes.shape, fanout, dtype=torch.float32)
