@@ -13,7 +13,7 @@ from ops.jagged import has_kernel
 def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> Tensor:
     """Log-probabilities of the children of each node: a softmax over the logits of their codes. No gradient on a GPU.
 
-    out[r, j] = logits[r, c(j)] - log(sum over children i of exp(logits[r, c(i)])), c(j) = code[first_child[nodes[r]] + j]
+    out[r, j] = logits[r, c(j)] - log(sum over children i of exp(logits[r, c(i)])), c(j) = code[first_child[node] + j]
 
     Shape: logits [..., V], first_child [n+1], code [m], nodes [...] -> [..., fanout] in float32, or wider where the
     logits are; -inf where a node has fewer children. fanout: host integer, the largest number of children of a node.
