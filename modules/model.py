@@ -14,6 +14,7 @@ from modules.generation.trie import Trie
 from modules.pretrained import load_pretrained, save_pretrained
 from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
 from ops.jagged import JaggedTensor, jagged_prepend, row_indices
+from ops.residual import stream_dtype
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         """
         batch, beams, level = codes.shape
         if level == 0:
-            x = self.start.expand(batch, 1, -1)
+            x = self.start.expand(batch, 1, -1).to(stream_dtype(self.start))
         else:
             x = self.code_embedder(codes.view(batch * beams, level))[:, -1:]  # [B * K, 1, dim]
         limits = memory[0].lengths.repeat_interleave(beams)

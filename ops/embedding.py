@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ops import reference
 from ops.jagged import has_kernel
+from ops.residual import stream_dtype
 
 
 def embed_codes(codes: Tensor, starts: Tensor, table: Tensor, prefix_table: Tensor | None) -> Tensor:
@@ -13,10 +14,11 @@ def embed_codes(codes: Tensor, starts: Tensor, table: Tensor, prefix_table: Tens
     summed in a fixed order.
 
     Shape: codes [T, l] integers, of the first l of L levels, starts [L] int64, table [rows, dim], prefix_table
-    [buckets, dim] -> [T, l, dim], in the dtype of the tables.
+    [buckets, dim] -> [T, l, dim], in `ops.residual.stream_dtype` of the tables.
     """
+    dtype = stream_dtype(table)
     if not has_kernel(table):
-        return reference.embed_codes(codes, starts, table, prefix_table)
+        return reference.embed_codes(codes, starts, table, prefix_table).to(dtype)
     from ops.triton.embedding import embed_codes as kernel
 
-    return kernel(codes, starts, table, prefix_table)[0]
+    return kernel(codes, starts, table, prefix_table, dtype)[0]

@@ -15,18 +15,23 @@ def add_norm(
     The end of one residual branch and the root-mean-square normalization at the start of the next (Zhang and Sennrich
     2019, eq. 4). dropout: probability; 0 outside training.
 
-    Shape: x, branch [..., D], weight [D] -> hidden, in the dtype of x, and normed, in that of autocast where it is on.
-    Without x, hidden starts in that of the branch, or in bfloat16 where autocast is; float16 has not the range for it.
+    Shape: x, branch [..., D], weight [D] -> hidden, in the dtype of x (of the branch without it), and normed, in that
+    of autocast where it is on.
     """
-    kind = branch.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    if x is None and dtype == torch.bfloat16:
-        branch = branch.to(dtype)
     if not has_kernel(branch):
         return reference.add_norm(x, branch, weight, dropout, eps)
     from ops.triton import residual
 
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
     return residual.add_norm(x, branch, weight, _seed(branch, dropout), dropout, eps, dtype)
+
+
+def stream_dtype(tensor: Tensor) -> torch.dtype:
+    """What the residual stream starts in: bfloat16 where that is autocast's, else the dtype of the tensor; float16
+    lacks the range for a sum over layers."""
+    kind = tensor.device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return torch.bfloat16 if half else tensor.dtype
 
 
 def relu_dropout(x: Tensor, dropout: float = 0.0) -> Tensor:

@@ -25,7 +25,7 @@ class SemIdEmbedder(nn.Module):
         self.prefix_table = nn.Embedding(prefix_buckets, dim) if prefix_buckets and len(level_sizes) > 1 else None
 
     def forward(self, codes: Tensor) -> Tensor:
-        """codes [T, l] integers, of the first l levels -> [T, l, dim]."""
+        """codes [T, l] integers, of the first l levels -> [T, l, dim], in `ops.residual.stream_dtype`."""
         prefix_table = self.prefix_table.weight if self.prefix_table is not None else None
         return embed_codes(codes, self.starts, self.table.weight, prefix_table)
 
@@ -38,6 +38,7 @@ class UserEmbedder(nn.Module):
         self.table = nn.Embedding(buckets, dim)
 
     def forward(self, user: Tensor) -> Tensor:
-        """user [B] int64 -> [B, dim]."""
+        """user [B] int64 -> [B, dim], in `ops.residual.stream_dtype`."""
         hashed = (user * 2654435761) % 2**32  # Knuth's multiplicative hash: equal on every machine
-        return self.table(hashed % self.table.num_embeddings)
+        rows = (hashed % self.table.num_embeddings)[:, None]
+        return embed_codes(rows, rows.new_zeros(1), self.table.weight, None).squeeze(1)

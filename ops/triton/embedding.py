@@ -102,13 +102,15 @@ def _join_runs(
 
 
 @torch.library.custom_op("retrieval::embed_codes", mutates_args=())
-def embed_codes(codes: Tensor, starts: Tensor, table: Tensor, prefix_table: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Vectors [T, l, dim], and the rows they are made of, [T, 2l - 1] int32, or [T, l] without prefixes; see `_forward`
-    and `ops.embedding`."""
+def embed_codes(
+    codes: Tensor, starts: Tensor, table: Tensor, prefix_table: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Vectors [T, l, dim] in `dtype`, and the rows they are made of, [T, 2l - 1] int32, or [T, l] without prefixes; see
+    `_forward` and `ops.embedding`."""
     tokens, levels = codes.shape
     width = table.shape[1]
     prefixes = prefix_table is not None
-    out = table.new_empty(tokens, levels, width)
+    out = table.new_empty(tokens, levels, width, dtype=dtype)
     rows = codes.new_empty(tokens, 2 * levels - 1 if prefixes else levels, dtype=torch.int32)
     if tokens:
         block = min(triton.next_power_of_2(width), 512)
@@ -122,18 +124,21 @@ def embed_codes(codes: Tensor, starts: Tensor, table: Tensor, prefix_table: Tens
 
 
 @embed_codes.register_fake
-def _(codes, starts, table, prefix_table):
+def _(codes, starts, table, prefix_table, dtype):
     tokens, levels = codes.shape
     pairs = 2 * levels - 1 if prefix_table is not None else levels
-    return table.new_empty(tokens, levels, table.shape[1]), codes.new_empty(tokens, pairs, dtype=torch.int32)
+    return table.new_empty(tokens, levels, table.shape[1], dtype=dtype), codes.new_empty(
+        tokens, pairs, dtype=torch.int32
+    )
 
 
 @torch.library.custom_op("retrieval::embed_codes_backward", mutates_args=())
-def embed_codes_backward(grad: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    """Gradients of both tables, one after the other: grad [T, l, dim], rows as from `embed_codes` -> [n_rows, dim]."""
+def embed_codes_backward(grad: Tensor, rows: Tensor, n_rows: int, dtype: torch.dtype) -> Tensor:
+    """Gradients of both tables, one after the other: grad [T, l, dim], rows as from `embed_codes` -> [n_rows, dim]
+    in `dtype`."""
     grad = grad.contiguous()
     tokens, levels, width = grad.shape
-    sums = grad.new_zeros(n_rows, width)
+    sums = grad.new_zeros(n_rows, width, dtype=dtype)
     if tokens:
         keys, order = rows.flatten().sort(stable=True)
         stretches = triton.cdiv(len(keys), STRETCH)
@@ -151,22 +156,22 @@ def embed_codes_backward(grad: Tensor, rows: Tensor, n_rows: int) -> Tensor:
 
 
 @embed_codes_backward.register_fake
-def _(grad, rows, n_rows):
-    return grad.new_empty(n_rows, grad.shape[2])
+def _(grad, rows, n_rows, dtype):
+    return grad.new_empty(n_rows, grad.shape[2], dtype=dtype)
 
 
 def _save(ctx, inputs, output) -> None:
-    _, _, table, prefix_table = inputs
-    ctx.table_rows = len(table)
+    _, _, table, prefix_table, _ = inputs
+    ctx.table_rows, ctx.dtype = len(table), table.dtype
     ctx.n_rows = len(table) + (len(prefix_table) if prefix_table is not None else 0)
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
 def _gradients(ctx, grad: Tensor, _):
-    sums = embed_codes_backward(grad, *ctx.saved_tensors, ctx.n_rows)
+    sums = embed_codes_backward(grad, *ctx.saved_tensors, ctx.n_rows, ctx.dtype)
     prefixes = sums[ctx.table_rows :] if ctx.n_rows > ctx.table_rows else None
-    return None, None, sums[: ctx.table_rows], prefixes
+    return None, None, sums[: ctx.table_rows], prefixes, None
 
 
 embed_codes.register_autograd(_gradients, setup_context=_save)

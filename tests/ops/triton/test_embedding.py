@@ -21,22 +21,23 @@ def draw(tokens: int, levels: int, width: int, buckets: int) -> tuple[torch.Tens
     return codes, torch.tensor(STARTS, device=DEVICE), table, prefixes
 
 
-def check(codes, starts, table, prefixes, dtype) -> list[torch.Tensor]:
-    """Compares, and returns the kernel's vectors and gradients."""
+def check(codes, starts, table, prefixes, dtype, stream=None) -> list[torch.Tensor]:
+    """Compares, and returns the kernel's vectors, in the dtype `stream`, and the gradients."""
+    stream = stream or dtype
     tables = [t for t in (table, prefixes) if t is not None]
     wide = [t.to(dtype).double().requires_grad_() for t in tables]
     narrow = [t.to(dtype).requires_grad_() for t in tables]
     pad = [None] * (2 - len(tables))
     expected = reference.embed_codes(codes, starts, *wide, *pad)
-    out = kernels.embed_codes(codes, starts, *narrow, *pad)[0]
-    weights = torch.randn(expected.shape, dtype=torch.float64, device=DEVICE).to(dtype)
+    out = kernels.embed_codes(codes, starts, *narrow, *pad, stream)[0]
+    weights = torch.randn(expected.shape, dtype=torch.float64, device=DEVICE).to(stream)
     theirs = torch.autograd.grad((expected * weights.double()).sum(), wide, allow_unused=True)
     mine = torch.autograd.grad((out * weights).sum(), narrow)
     for a, b in zip((out, *mine), (expected, *theirs), strict=True):
-        assert a.dtype == dtype
+        assert a.dtype == (stream if a is out else dtype)
         b = torch.zeros_like(a).double() if b is None else b
         size = max(float(b.detach().abs().max()), 1.0) if b.numel() else 1.0
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=TOLERANCE[dtype] * size)
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=TOLERANCE[a.dtype] * size)
         if a is not out:
             assert not a[(b == 0).all(1)].any(), "rows of no code are exactly zero"
     return [out, *mine]
@@ -54,6 +55,11 @@ def test_vectors_and_gradients(levels, tokens, buckets):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_and_widths(dtype, width):
     check(*draw(40, 3, width, 11), dtype=dtype)
+
+
+@pytest.mark.parametrize("stream", DTYPES)
+def test_vectors_may_be_narrower_than_the_tables(stream):
+    check(*draw(40, 3, 24, 11), dtype=torch.float32, stream=stream)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -79,7 +85,7 @@ def test_buckets_are_those_of_the_hash(buckets):
     table = torch.zeros(1, 1, device=DEVICE).expand(2**20, 1)
     prefixes = torch.zeros(1, 1, device=DEVICE).expand(buckets, 1)
     starts = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    rows = kernels.embed_codes(codes, starts, table, prefixes)[1]
+    rows = kernels.embed_codes(codes, starts, table, prefixes, table.dtype)[1]
     expected = reference.hash_prefixes(codes)[:, 1:] % buckets
     assert torch.equal(rows[:, 3:].long(), 2**20 + expected) and torch.equal(rows[:, :3].long(), codes)
 
@@ -96,5 +102,5 @@ def test_equal_inputs_give_equal_bits():
 def test_the_operator_is_registered_completely():
     codes, starts, *tables = draw(10, 3, 8, 19)
     table, prefixes = (t.float().requires_grad_() for t in tables)
-    torch.library.opcheck(kernels.embed_codes, (codes, starts, table, prefixes))
-    torch.library.opcheck(kernels.embed_codes, (codes, starts, table, None))
+    torch.library.opcheck(kernels.embed_codes, (codes, starts, table, prefixes, torch.bfloat16))
+    torch.library.opcheck(kernels.embed_codes, (codes, starts, table, None, torch.float32))
