@@ -40,4 +40,6 @@ class UserEmbedder(nn.Module):
     def forward(self, user: Tensor) -> Tensor:
         """user [B] int64 -> [B, dim]."""
         hashed = (user * 2654435761) % 2**32  # Knuth's multiplicative hash: equal on every machine
-        return self.table(hashed % self.table.num_embeddings)
+        rows = (hashed % self.table.num_embeddings)[:, None]
+        # Not the table itself, whose gradient torch may sum by atomics on a GPU.
+        return embed_codes(rows, rows.new_zeros(1), self.table.weight, None)[:, 0]
