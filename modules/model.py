@@ -12,7 +12,7 @@ from data.schemas import TokenizedSeqBatch
 from modules.embedding.id_embedder import SemIdEmbedder, UserEmbedder
 from modules.generation.trie import Trie
 from modules.pretrained import load_pretrained, save_pretrained
-from modules.transformer.model import Decoder, Encoder, MemoryView, TransformerConfig
+from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
 from ops.jagged import JaggedTensor, jagged_prepend, row_indices
 from ops.residual import stream_dtype
 
@@ -144,14 +144,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
             level_losses = (level_losses * batch.target_weights).sum(1) / batch.target_weights.sum()
         return RetrievalLoss(level_losses.sum(), level_losses)
 
-    def next_code(
-        self, codes: Tensor, memory: list[JaggedTensor], cache: list[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def next_code(self, codes: Tensor, memory: list[JaggedTensor], past: Past | None) -> tuple[Tensor, list[Tensor]]:
         """Logits of the next level's codes, one step of generation.
 
-        codes: [B, K, level], the prefix of each beam; K = 1 at level 0. cache: what the step before returned,
-        each layer's keys and values [B * K, level, 2, H, D].
-        Returns logits [B, K, V_level] float32 and the new cache.
+        codes: [B, K, level], the prefix of each beam; K = 1 at level 0. past: of the steps before, for B * K sequences.
+        Returns logits [B, K, V_level] and each layer's keys and values [B * K, 2, H, D], for `Past.extend`.
         """
         batch, beams, level = codes.shape
         if level == 0:
@@ -160,9 +157,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
             x = self.code_embedder(codes.view(batch * beams, level))[:, -1:]  # [B * K, 1, dim]
         limits = memory[0].lengths.repeat_interleave(beams)
         view = MemoryView(torch.arange(batch + 1, device=x.device) * beams, beams, limits)
-        hidden, cache = self.decoder(x, memory, view, cache)
-        logits = self._level_logits(hidden[:, 0], level).float().unflatten(0, (batch, beams))
-        return logits, cache
+        hidden, tokens = self.decoder(x, memory, view, past)
+        return self._level_logits(hidden[:, 0], level).unflatten(0, (batch, beams)), tokens
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into the folder."""

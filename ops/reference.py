@@ -165,6 +165,14 @@ def jagged_concat(first: Tensor, second: Tensor, first_offsets: Tensor, second_o
     return torch.empty_like(joined).index_copy(0, torch.cat([first_places, second_places]), joined)
 
 
+def past_attention(packed: Tensor, past: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """See `ops.past.past_attention`."""
+    seen = torch.cat([past[rows], packed[:, None, 1:]], 1)  # [S, P + 1, 2, H, D]
+    query, key, value = packed[:, :1], *seen.to(torch.promote_types(seen.dtype, torch.float32)).unbind(2)
+    weights = ((query * key).sum(-1) * scale).softmax(1)  # [S, P + 1, H]
+    return (weights[..., None] * value).sum(1).to(packed.dtype)
+
+
 def add_norm(x: Tensor | None, branch: Tensor, weight: Tensor, dropout: float, eps: float) -> tuple[Tensor, Tensor]:
     """See `ops.residual.add_norm`."""
     hidden = F.dropout(branch, dropout)
@@ -215,12 +223,19 @@ def hash_prefixes(codes: Tensor) -> Tensor:
 
 
 def children(first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.trie.children`."""
+    """Child nodes, their codes, and whether each exists; those that don't are as the first. [...] -> [..., fanout]."""
     first, last = first_child[nodes], first_child[nodes + 1]
     child = first[..., None] + torch.arange(fanout, dtype=first.dtype, device=nodes.device)
     exists = child < last[..., None]
     child = torch.where(exists, child, first[..., None])
     return child, code[child], exists
+
+
+def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> Tensor:
+    """See `ops.trie.child_log_probs`."""
+    _, codes, exists = children(first_child, code, nodes, fanout)  # [..., fanout]
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).gather(-1, codes.long())
+    return scores.masked_fill(~exists, float("-inf")).log_softmax(-1)
 
 
 def trie_cross_entropy(

@@ -10,13 +10,20 @@ from ops import reference
 from ops.jagged import has_kernel
 
 
-def children(first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The children of nodes, side by side. fanout: host integer, the largest number of children of a node.
+def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> Tensor:
+    """Log-probabilities of the children of each node: a softmax over the logits of their codes. No gradient on a GPU.
 
-    Shape: first_child [n+1], code [m], nodes [...] -> child nodes, their codes, and whether each exists: [..., fanout].
-    Where a child does not exist, its node and code are those of the first child.
+    out[r, j] = logits[r, c(j)] - log(sum over children i of exp(logits[r, c(i)])), c(j) = code[first_child[node] + j]
+
+    Shape: logits [..., V], first_child [n+1], code [m], nodes [...] -> [..., fanout] in float32, or wider where the
+    logits are; -inf where a node has fewer children. fanout: host integer, the largest number of children of a node.
     """
-    return reference.children(first_child, code, nodes, fanout)
+    arguments = (logits, first_child, code, nodes, fanout)
+    if not has_kernel(logits):
+        return reference.child_log_probs(*arguments)
+    from ops.triton.trie import child_log_probs as kernel
+
+    return kernel(*arguments)
 
 
 def trie_cross_entropy(

@@ -44,6 +44,28 @@ class MemoryView:
         return JaggedTensor(x.flatten(0, 1), self.offsets * length, self.max_sequences * length)
 
 
+@dataclass(frozen=True)
+class Past:
+    """Tokens decoded before, and which of them each sequence continues.
+
+    layers: each decoder layer's keys and values [R, 2, H, D]. rows: [S, P] int64, those of each sequence's tokens.
+    """
+
+    layers: list[Tensor]
+    rows: Tensor
+
+    @staticmethod
+    def extend(past: "Past | None", tokens: list[Tensor], chosen: Tensor) -> "Past":
+        """The past of the next step, whose sequence s continues sequence chosen[s] of the last one.
+
+        tokens: each layer's keys and values [S, 2, H, D] of the last step, `past` the one it had. chosen: [S'] int64.
+        """
+        if past is None:
+            return Past(tokens, chosen[:, None])
+        rows = torch.cat([past.rows[chosen], chosen[:, None] + len(past.layers[0])], 1)
+        return Past([torch.cat(pair) for pair in zip(past.layers, tokens, strict=True)], rows)
+
+
 class AddNorm(nn.Module):
     """hidden = x + dropout(branch), and its normalization by the root mean square; see `ops.residual.add_norm`."""
 
@@ -132,12 +154,12 @@ class DecoderBlock(nn.Module):
         memory: JaggedTensor,
         key_limits: Tensor,
         bias: Tensor,
-        past: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, JaggedTensor, Tensor]:
         """The last M positions of S sequences; see `Decoder.forward`.
 
         hidden, normed [S * M, dim], rows of sequences; users: the same positions as rows of users; bias [H, 2R+1], of
-        the memory's tokens. -> hidden, normed, and the keys and values that a later position needs.
+        the memory's tokens. -> hidden, normed, and the positions' keys and values [S * M, 2, H, D].
         """
         attended, seen = self.attention(normed, causal=normed.max_length > 1, past=past)
         hidden, values = self.cross_norm(hidden, attended)
@@ -167,18 +189,18 @@ class Decoder(nn.Module):
         return [block.cross_attention.memory(encoded) for block in self.blocks]
 
     def forward(
-        self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, past: list[Tensor] | None = None
+        self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, past: Past | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The last M positions of S sequences, where some sequences belong to each user.
 
-        x: [S, M, dim]. past: each layer's keys and values [S, P, 2, H, D] of the P positions before, where M = 1.
-        Returns the normalized stream [S, M, dim] and each layer's keys and values [S, P + M, 2, H, D].
+        x: [S, M, dim]. past: of the positions before, where M = 1.
+        Returns the normalized stream [S, M, dim] and each layer's keys and values [S * M, 2, H, D] of its positions.
         """
         normed, users, bias = JaggedTensor.uniform(x), view.rows(x), self.bias()
         hidden, values = self.input_norm(None, normed.values)
-        normed, cache = normed.with_values(values), []
+        normed, tokens = normed.with_values(values), []
         for i, block in enumerate(self.blocks):
-            layer = (memory[i], view.key_limits, bias, past[i] if past is not None else None)
+            layer = (memory[i], view.key_limits, bias, (past.layers[i], past.rows) if past is not None else None)
             hidden, normed, seen = block(hidden, normed, users, *layer)
-            cache.append(seen if past is not None else seen.unflatten(0, x.shape[:2]))
-        return self.dropout(normed.values).view(x.shape), cache
+            tokens.append(seen)
+        return self.dropout(normed.values).view(x.shape), tokens
