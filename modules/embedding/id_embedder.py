@@ -41,4 +41,5 @@ class UserEmbedder(nn.Module):
         """user [B] int64 -> [B, dim], in `ops.residual.stream_dtype`."""
         hashed = (user * 2654435761) % 2**32  # Knuth's multiplicative hash: equal on every machine
         rows = (hashed % self.table.num_embeddings)[:, None]
-        return embed_codes(rows, rows.new_zeros(1), self.table.weight, None).squeeze(1)
+        # Not the table itself, whose gradient torch may sum by atomics on a GPU.
+        return embed_codes(rows, rows.new_zeros(1), self.table.weight, None)[:, 0]
