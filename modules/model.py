@@ -122,7 +122,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         start = self.start.expand(len(before), 1, -1).to(before.dtype)
         view = self._target_view(batch)
         hidden, _ = self.decoder(torch.cat([start, before], 1), self.memory(batch), view)  # [P, L', dim]
-        return [self._level_logits(hidden[:, level], level) for level in range(len(self.level_sizes))]
+        return [self._level_logits(row, level) for level, row in enumerate(hidden.unbind(1))]
 
     def forward(self, batch: TokenizedSeqBatch, trie: Trie) -> RetrievalLoss:
         """-log p(item), the sum over levels of the cross-entropy of its code (Rajput et al. 2023, section 3.2).

@@ -173,11 +173,14 @@ def past_attention(packed: Tensor, past: Tensor, rows: Tensor, scale: float) -> 
     return (weights[..., None] * value).sum(1).to(packed.dtype)
 
 
-def add_norm(x: Tensor | None, branch: Tensor, weight: Tensor, dropout: float, eps: float) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor | None, branch: Tensor, weight: Tensor, dropout: float, last: bool, eps: float
+) -> tuple[Tensor, Tensor]:
     """See `ops.residual.add_norm`."""
     hidden = F.dropout(branch, dropout)
     hidden = hidden if x is None else x + hidden
-    return hidden, F.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
+    normed = F.rms_norm(hidden.to(weight.dtype), weight.shape, weight, eps)
+    return hidden, F.dropout(normed, dropout) if last else normed
 
 
 def relu_dropout(x: Tensor, dropout: float) -> Tensor:

@@ -17,7 +17,7 @@ from ops.residual import add_norm, relu_dropout
 @dataclass(frozen=True)
 class TransformerConfig:
     """dim: of the residual stream; ff_dim: of the feed-forward's hidden layer; dropout: of every residual
-    branch and of the feed-forward's hidden layer."""
+    branch, of the feed-forward's hidden layer and of the result."""
 
     dim: int
     ff_dim: int
@@ -69,14 +69,14 @@ class Past:
 class AddNorm(nn.Module):
     """hidden = x + dropout(branch), and its normalization by the root mean square; see `ops.residual.add_norm`."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, last: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.dim))
-        self.dropout = config.dropout
+        self.dropout, self.last = config.dropout, last
 
     def forward(self, x: Tensor | None, branch: Tensor) -> tuple[Tensor, Tensor]:
         """x (None at the start of the stream), branch [T, dim] -> hidden, normed [T, dim]."""
-        return add_norm(x, branch, self.weight, self.dropout if self.training else 0.0)
+        return add_norm(x, branch, self.weight, self.dropout if self.training else 0.0, self.last)
 
 
 class FeedForward(nn.Module):
@@ -95,12 +95,12 @@ class FeedForward(nn.Module):
 class EncoderBlock(nn.Module):
     """Self-attention, then feed-forward."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, last: bool) -> None:
         super().__init__()
         self.attention = SelfAttention(config.dim, config.n_heads, config.head_dim)
         self.ff_norm = AddNorm(config)
         self.ff = FeedForward(config)
-        self.out_norm = AddNorm(config)
+        self.out_norm = AddNorm(config, last)
 
     def forward(self, hidden: Tensor, normed: JaggedTensor, bias: Tensor, causal: bool) -> tuple[Tensor, JaggedTensor]:
         """hidden, normed [T, dim], bias [H, 2R+1] -> hidden, normed."""
@@ -121,8 +121,7 @@ class Encoder(nn.Module):
         self.causal = causal
         self.bias = RelativePositionBias(config.n_heads, bidirectional=not causal)
         self.input_norm = AddNorm(config)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(n_layers))
-        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config, last=n == n_layers - 1) for n in range(n_layers))
 
     def forward(self, x: JaggedTensor) -> JaggedTensor:
         """x [T, dim] -> [T, dim], normalized."""
@@ -131,20 +130,20 @@ class Encoder(nn.Module):
         normed = x.with_values(values)
         for block in self.blocks:
             hidden, normed = block(hidden, normed, bias, self.causal)
-        return normed.with_values(self.dropout(normed.values))
+        return normed
 
 
 class DecoderBlock(nn.Module):
     """Causal self-attention, attention to the encoder's memory, then feed-forward."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, last: bool) -> None:
         super().__init__()
         self.attention = SelfAttention(config.dim, config.n_heads, config.head_dim)
         self.cross_norm = AddNorm(config)
         self.cross_attention = CrossAttention(config.dim, config.n_heads, config.head_dim)
         self.ff_norm = AddNorm(config)
         self.ff = FeedForward(config)
-        self.out_norm = AddNorm(config)
+        self.out_norm = AddNorm(config, last)
 
     def forward(
         self,
@@ -181,8 +180,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.bias = RelativePositionBias(config.n_heads, bidirectional=False)
         self.input_norm = AddNorm(config)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(n_layers))
-        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(config, last=n == n_layers - 1) for n in range(n_layers))
 
     def memory(self, encoded: JaggedTensor) -> list[JaggedTensor]:
         """Each layer's keys and values [T, 2, H, D] of the encoded history [T, dim], computed once per user."""
@@ -203,4 +201,4 @@ class Decoder(nn.Module):
             layer = (memory[i], view.key_limits, bias, (past.layers[i], past.rows) if past is not None else None)
             hidden, normed, seen = block(hidden, normed, users, *layer)
             tokens.append(seen)
-        return self.dropout(normed.values).view(x.shape), tokens
+        return normed.values.view(x.shape), tokens
