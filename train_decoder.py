@@ -17,7 +17,7 @@ from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in con
 from data.features import FeatureSource, item_features
 from data.processed import RecDataset, load_corpus
 from data.splits import draw_splits, every_prefix, windows
-from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, tokenize
+from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, seed_noise, tokenize
 from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
@@ -159,7 +159,7 @@ def train(
     model.train()
     with StopSignal(accelerator.num_processes) as stop:
         for step in range(first, iterations):
-            torch.manual_seed(derive_seed(seed, "dropout", step, accelerator.process_index))
+            seed_noise(derive_seed(seed, "dropout", step, accelerator.process_index), device)
             factor = warmup_cosine(step, warmup_steps, iterations)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * factor

@@ -19,7 +19,7 @@ from data.features import FeatureSource, item_features
 from data.files import write_file
 from data.processed import RecDataset, load_corpus
 from data.splits import draw_splits
-from data.utils import Shuffler, derive_seed
+from data.utils import Shuffler, derive_seed, seed_noise
 from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.pretrained import push_folder
 from modules.rqvae import RqVae
@@ -141,16 +141,17 @@ def train(
         replay = TokenizerStep(model, plain_optimizer, x, shuffler.batch_size, max_gradient_norm)
     with StopSignal(accelerator.num_processes) as stop:
         for step in range(first, iterations):
-            torch.manual_seed(derive_seed(seed, "noise", step, accelerator.process_index))
+            seed_noise(derive_seed(seed, "noise", step, accelerator.process_index), device)
             factor = warmup_cosine(step, warmup_steps, iterations)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * factor
             start, end = gumbel_temperature
             temperature = start * (end / start) ** (step / iterations)
             index, _ = shuffler.draw(step)
-            means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
             if graphed:
                 means, norm = replay(index, learning_rate * factor, temperature)
+            else:
+                means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
             shares = [] if graphed else index.tensor_split(n_shares)
             for share in shares[accelerator.process_index :: accelerator.num_processes]:
                 with accelerator.accumulate(prepared):
@@ -195,7 +196,7 @@ def train(
         metrics["extra_level_size"] = sum(semantic_ids.level_sizes[codes.shape[1] :])  # 0: the codes are unique
         save_tokenizer(run.root / "tokenizer", model, semantic_ids, described.identity, metrics)
         plots.tokenizer(run.root)
-        plots.codes(run.root, codes, model.config["codebook_size"], corpus.items["categories"].to_list())
+        plots.codes(run.root, codes.cpu(), model.config["codebook_size"], corpus.items["categories"].to_list())
     run.finish(metrics)
     report.table("Semantic IDs", metrics, run.root, show=accelerator.is_main_process)
     report.verdict(metrics, min_usage, collapse_is_error, show=accelerator.is_main_process)

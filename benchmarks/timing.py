@@ -39,9 +39,9 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / (quantiles(lambda: target.copy_(source))[1] * 1e-6)
 
 
-def matrix_rate() -> float:
-    """Operations a second of a large bfloat16 matrix product on random numbers."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def matrix_rate(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations a second of a large matrix product on random numbers."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
     return 2 * 8192**3 / (quantiles(lambda: a @ b)[1] * 1e-6)
 
 

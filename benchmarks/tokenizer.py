@@ -2,7 +2,7 @@
 
     python -m benchmarks.tokenizer table --features beauty=beauty.npy toys=toys.npy --seeds 0 1 2
     python -m benchmarks.tokenizer grid --features beauty=beauty.npy
-    python -m benchmarks.tokenizer speed
+    python -m benchmarks.tokenizer speed --profile
     python -m benchmarks.tokenizer tokenize --items 1000000 --dim 384 --folder /tmp
 
 Features are [N, D] float32 in .npy files or .safetensors with a tensor "features"; train_rqvae.py caches those of a
@@ -11,21 +11,18 @@ config under <dataset_folder>/features. Prints Markdown; --json FILE appends eve
 
 import argparse
 import json
-import resource
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.utils import Shuffler, derive_seed
+from benchmarks.tokenizer_speed import speed, tokenize
+from data.utils import Shuffler, derive_seed, seed_noise
 from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae
 from modules.tokenizer.catalogue import catalogue_codes, reconstruction_error
-from modules.tokenizer.semids import rank_within_equal
 from training.graph import TokenizerStep
 from training.metrics import codebook_usage, collisions, neighbour_agreement
 from training.schedule import warmup_cosine
@@ -56,7 +53,7 @@ def train(x: Tensor, options: dict, seed: int, steps: int, batch: int, rate: flo
     shuffler = Shuffler(len(x), batch, seed)
     step_once = TokenizerStep(model.train(), optimizer, x, shuffler.batch_size, 1.0)
     for step in range(steps):
-        torch.manual_seed(derive_seed(seed, "noise", step, 0))
+        seed_noise(derive_seed(seed, "noise", step, 0), x.device)
         step_once(shuffler.draw(step)[0], rate * warmup_cosine(step, 200, steps), 0.1 ** (step / steps))
         if (step + 1) % refit_every == 0 or step + 1 == steps:
             model.fit_codebooks(x, torch.Generator(x.device).manual_seed(derive_seed(seed, "refit", step)))
@@ -105,54 +102,6 @@ def experiment(features: dict[str, Tensor], options: argparse.Namespace) -> None
                                 file.write(json.dumps(row | {"steps": options.steps}) + "\n")
 
 
-def speed(device: torch.device) -> None:
-    """Training steps a second at batch 640 on the 768-512-256-128-32, 3 x 256 model."""
-    x = torch.randn(20_000, 768, device=device)
-    model = RqVae(768, embed_dim=32).to(device)
-    model.initialize(x, torch.Generator(device).manual_seed(0))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True, capturable=device.type == "cuda")
-    step_once, shuffler = TokenizerStep(model.train(), optimizer, x, 640, 1.0), Shuffler(len(x), 640, 0)
-    n = 5000 if device.type == "cuda" else 60
-    rates = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for step in range(n):
-            torch.manual_seed(step)
-            step_once(shuffler.draw(step)[0], 1e-3, 1.0)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        rates.append(n / (time.perf_counter() - start))
-    rates.sort()
-    print(f"{device}: {rates[2]:,.1f} steps/s (slowest {rates[0]:,.1f}, fastest {rates[-1]:,.1f} of 5 x {n})")
-
-
-def tokenize(n: int, dim: int, folder: str, device: torch.device) -> None:
-    """Codes and unique IDs of n items whose features stream from a file of n * dim * 4 bytes."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        path, rows = Path(scratch) / "features.npy", 65536
-        values = np.lib.format.open_memmap(path, "w+", np.float32, (n, dim))
-        generator = torch.Generator().manual_seed(0)
-        centres = torch.randn(1000, dim, generator=generator)
-        for start in range(0, n, rows):
-            count = min(rows, n - start)
-            noise = torch.randn(count, dim, generator=generator)
-            values[start : start + count] = centres[torch.randint(0, 1000, (count,), generator=generator)] + noise
-        values.flush()
-        del values
-        x = torch.from_numpy(np.load(path, mmap_mode="c"))
-        model = RqVae(dim, **RECOMMENDED).to(device)
-        model.initialize(x[:20_000].clone().to(device), torch.Generator(device).manual_seed(0))
-        start = time.perf_counter()
-        codes = catalogue_codes(model, x)
-        middle = time.perf_counter()
-        extra = rank_within_equal(codes)
-        end = time.perf_counter()
-    print(f"{device}: {n:,} x {dim}: codes {middle - start:.1f} s, extra level {end - middle:.1f} s,")
-    print(f"largest extra code {int(extra.max())}, unique {collisions(codes)['unique_share']:.4f};")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak memory {peak:.2f} GiB, with what the system keeps of the file")
-
-
 def read(spec: str, device: torch.device) -> tuple[str, Tensor]:
     name, path = spec.split("=", 1)
     x = load_file(path)["features"] if path.endswith(".safetensors") else torch.from_numpy(np.load(path))
@@ -172,13 +121,21 @@ if __name__ == "__main__":
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--folder", default=None, help="where the features of `tokenize` are written")
+    parser.add_argument("--cold", action="store_true", help="drop the features of `tokenize` from the page cache")
+    parser.add_argument("--profile", action="store_true", help="`speed` shows the kernels of a step")
     parser.add_argument("--json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     where = torch.device(arguments.device)
+    if where.type == "cuda":
+        from benchmarks.timing import heading
+
+        heading()
+    else:
+        print(f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}")
     if arguments.what == "speed":
-        speed(where)
+        speed(where, arguments.profile)
     elif arguments.what == "tokenize":
-        tokenize(arguments.items, arguments.dim, arguments.folder, where)
+        tokenize(arguments.items, arguments.dim, RECOMMENDED, arguments.folder, arguments.cold, where)
     else:
         experiment(dict(read(spec, where) for spec in arguments.features), arguments)

@@ -188,6 +188,17 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
+def seed_noise(seed: int, device: torch.device) -> None:
+    """Seeds the random numbers drawn on the device by default: dropout, Gumbel noise.
+
+    On a GPU those alone: `torch.manual_seed` seeds all kinds of devices, which takes the host as long as a short step.
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def tokenize(batch: SeqBatch, codes: Tensor) -> TokenizedSeqBatch:
     """Writes the histories in semantic IDs. codes: [N, L'] integers, on the batch's device."""
     levels = codes.shape[1]

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ops.precision import matmul_precision
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class KMeans:
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
     """x [N, D], centroids [K, D] -> [N, K], in the dtype of x and never below zero."""
-    with torch.autocast(x.device.type, enabled=False):  # in half precision the difference would be noise
+    # In half precision and in TF32 the difference would be noise.
+    with torch.autocast(x.device.type, enabled=False), matmul_precision("highest"):
         products = x @ centroids.T
     return (x.square().sum(1, keepdim=True) - 2 * products + centroids.square().sum(1)).clamp_min_(0)
 
@@ -40,9 +44,10 @@ def plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(x: Tensor, k: int, generator: torch.Generator, iterations: int = 20) -> KMeans:
+def kmeans(x: Tensor, k: int, generator: torch.Generator, iterations: int = 20, spherical: bool = False) -> KMeans:
     """Clusters x [N, D] into k groups. A group that empties restarts at the row farthest from its centroid.
 
+    spherical: rows of length 1, and so are the centroids (Dhillon and Modha 2001).
     generator: on the device of x. ValueError where N < k.
     """
     if len(x) < k:
@@ -56,6 +61,6 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator, iterations: int = 20) 
         empty = counts == 0
         order = (empty.cumsum(0) - 1).clamp_min(0)  # the i-th empty group takes the i-th farthest row
         means = sums / counts.clamp_min(1)[:, None]
-        centroids = torch.where(empty[:, None], farthest[order], means)
+        centroids = torch.where(empty[:, None], farthest[order], F.normalize(means, dim=1) if spherical else means)
     distance, assignment = squared_distances(x, centroids).min(1)
     return KMeans(centroids, assignment, float(distance.sum()))

@@ -11,9 +11,9 @@ def reconstruction_loss(predicted: Tensor, x: Tensor, n_cat_features: int) -> Te
     """
     split = x.shape[-1] - n_cat_features
     predicted, x = predicted.float(), x.float()
-    squares = (predicted[:, :split] - x[:, :split]).square().sum(-1)
     if n_cat_features == 0:
-        return squares
+        return F.mse_loss(predicted, x, reduction="none").sum(-1)
+    squares = F.mse_loss(predicted[:, :split], x[:, :split], reduction="none").sum(-1)
     logits, labels = predicted[:, split:], x[:, split:]
     return squares + F.binary_cross_entropy_with_logits(logits, labels, reduction="none").sum(-1)
 

@@ -161,8 +161,8 @@ class Quantize(nn.Module):
         """Makes the codes the k-means centroids of x [N, D], N >= V; generator: on the device of x."""
         if self.distance == "l2":
             return self.set_codebook(kmeans(x, len(self.embedding.weight), generator).centroids)
-        clusters = kmeans(F.normalize(x, dim=-1), len(self.embedding.weight), generator)
-        directions = F.normalize(clusters.centroids, dim=-1)
+        clusters = kmeans(F.normalize(x, dim=-1), len(self.embedding.weight), generator, spherical=True)
+        directions = clusters.centroids
         along = (x * directions[clusters.assignment]).sum(-1)
         counts = torch.bincount(clusters.assignment, minlength=len(directions))
         lengths = torch.zeros_like(directions[:, 0]).index_add_(0, clusters.assignment, along) / counts.clamp_min(1)
@@ -179,6 +179,19 @@ class Quantize(nn.Module):
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest code; of equally near ones the first. Shape: [B, D] -> [B] int64."""
         return first_smallest(self.distances(x.detach(), self.codebook.detach()))
+
+    def ranked(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest codes, nearest first; of equally near ones the lower first, on every device.
+
+        So that rounding decides nothing, distances are whole multiples of 2^-24 of the codebook's scale (the square
+        of its largest entry; 1 by cosine). Shape: x [B, D] float64 -> distances, codes [B, k] int64.
+        """
+        codebook = self.codebook.to(x.dtype)
+        scale = 1.0 if self.distance == "cosine" else codebook.abs().max().square().clamp_min(1e-30)
+        multiples = (self.distances(x, codebook) / scale * 2**24).round().clamp_max(2**40).long()
+        size = len(codebook)
+        keys = (multiples * size + torch.arange(size, device=x.device)).topk(k, largest=False).values
+        return keys // size, keys % size
 
     def forward(self, x: Tensor, temperature: float = 1.0) -> Quantized:
         """x [B, D]. Outside training every mode returns the nearest code's vector.

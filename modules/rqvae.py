@@ -3,7 +3,6 @@
 import copy
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data.files import write_file
+from data.stream import stream
 from modules.encoder import MLP
 from modules.legacy import is_legacy, legacy_arguments, read_checkpoint
 from modules.loss import reconstruction_loss
@@ -164,6 +164,8 @@ class RqVae(nn.Module):
         """Features as the autoencoder sees them, categories untouched. Shape: [B, input_dim] both."""
         if self.standardize is None:
             return x
+        if self.n_cat_features == 0:
+            return self.standardize(x)
         split = len(self.standardize.mean)
         return torch.cat([self.standardize(x[:, :split]), x[:, split:]], dim=1)
 
@@ -199,7 +201,10 @@ class RqVae(nn.Module):
 
     def forward(self, x: Tensor, temperature: float = 1.0) -> RqVaeLosses:
         """x: features [B, input_dim]. loss = reconstruction + quantization (Rajput et al. 2023, section 3.1)."""
-        x = self.normalized(x)
+        return self.autoencode(self.normalized(x), temperature)
+
+    def autoencode(self, x: Tensor, temperature: float = 1.0) -> RqVaeLosses:
+        """What `forward` gives, of features as `normalized` returns them."""
         latent = self.encoder(x)
         if self.training and latent.is_cuda and self.fusible:
             total, sem_ids, quantize_loss = self._fused(latent)
@@ -222,43 +227,29 @@ class RqVae(nn.Module):
         rotate = self.layers[0].mode is QuantizeMode.ROTATION_TRICK
         return residual_quantize(latent.float().contiguous(), books, self.config["commitment_weight"], rotate)
 
-    def codes(self, x: Tensor, batch_size: int = 65536) -> Tensor:
+    @torch.no_grad()
+    def codes(self, x: Tensor, batch_size: int = 8192) -> Tensor:
         """The nearest codes of N items, chunk by chunk, in inference mode.
 
         Computed in float64, with ties going to the lower code: the same weights give the same codes on every device
         and under every precision of training. Shape: x [N, input_dim] -> [N, L] int64, on the CPU.
         """
-        return torch.cat([out.sem_ids.cpu() for out in self.exact(x, batch_size)])
+        exact = self.exact()
+        chunks = stream(x, batch_size, exact.device)
+        return torch.cat([exact.get_semantic_ids(chunk.double()).sem_ids.cpu() for chunk in chunks])
+
+    def exact(self) -> "RqVae":
+        """A copy in float64 and in evaluation mode, whose codes are those of every other device."""
+        device = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
+        return copy.deepcopy(self).to(device).double().eval()
 
     @torch.no_grad()
-    def exact(self, x: Tensor, batch_size: int, items: Tensor | None = None) -> Iterator[SemanticIdOutput]:
-        """What `codes` reads: x [N, input_dim], or its rows `items` [M], quantized chunk by chunk in float64."""
-        exact = copy.deepcopy(self).double().eval()
-        if self.device.type == "mps":  # has no float64
-            exact = exact.cpu()
-        n = len(x) if items is None else len(items)
-
-        def read(start: int) -> Tensor:
-            rows = slice(start, start + batch_size)
-            chunk = x[rows] if items is None else x[items[rows].to(x.device)]
-            pinned = exact.device.type == "cuda" and not chunk.is_cuda
-            return (chunk.pin_memory() if pinned else chunk).to(exact.device, non_blocking=pinned)
-
-        with ThreadPoolExecutor(1) as reader:  # x may be a file: the next chunk is read while this one is computed
-            ahead = reader.submit(read, 0)
-            for start in range(0, n, batch_size):
-                chunk = ahead.result()
-                if start + batch_size < n:
-                    ahead = reader.submit(read, start + batch_size)
-                yield exact.get_semantic_ids(chunk.double())
-
-    @torch.no_grad()
-    def losses(self, x: Tensor, batch_size: int = 65536) -> dict[str, float]:
+    def losses(self, x: Tensor, batch_size: int = 8192) -> dict[str, float]:
         """Mean losses over a whole catalogue x [N, input_dim], in inference mode."""
         totals = torch.zeros(3, dtype=torch.float64)
         with _inference(self):
-            for chunk in x.split(batch_size):
-                out = self(chunk.to(self.device))
+            for chunk in stream(x, batch_size, self.device):
+                out = self(chunk)
                 parts = torch.stack([out.loss, out.reconstruction_loss, out.quantize_loss])
                 totals += parts.double().cpu() * len(chunk) / len(x)
         return dict(zip(("loss", "reconstruction_loss", "quantize_loss"), totals.tolist(), strict=True))

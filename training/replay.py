@@ -2,11 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-WARMUP = 2  # calls before a recording, in which libraries choose their kernels
+WARMUP = 3  # calls before a recording, in which libraries choose their kernels
+
+
+def record(function: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of what the function does on the GPU, and what it returns, which each replay overwrites.
+
+    The function is called some times before, with all its effects. pool: that of another graph, to share its memory.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARMUP):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = function()
+    return graph, output
 
 
 @dataclass(frozen=True)
@@ -56,21 +74,13 @@ class Replay:
         """Leaves the random numbers to come as they were, and no gradients."""
         random = torch.cuda.get_rng_state(self._device)
         places = [tensor.to(self._device, copy=True) for tensor in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUP):
-                self._clear()
-                self._function(size, *places)
-        self._clear()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+
+        def passes() -> Tensor:
+            for parameter in self._parameters:
+                parameter.grad = None
+            return self._function(size, *places)
+
         pool = next(iter(self._recordings.values())).graph.pool() if self._recordings else None
-        with torch.cuda.graph(graph, pool=pool):
-            output = self._function(size, *places)
+        graph, output = record(passes, pool)
         torch.cuda.set_rng_state(random, self._device)
         return Recording(graph, places, output, [p.grad for p in self._parameters])
-
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from data.corpus import Corpus
+from data.stream import stream
 from modules.loss import reconstruction_loss
 from modules.rqvae import RqVae
 from modules.tokenizer.semids import SemanticIds
@@ -20,41 +21,34 @@ MAX_CANDIDATES = 32  # nearest last codes that an item may be moved to
 
 
 @torch.no_grad()
-def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 65536) -> Tensor:
+def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> Tensor:
     """Codes of all items of a catalogue: the nearest ones, as `RqVae.codes`; with the model's `separate_collisions`,
     of the items that share all of them only the nearest keeps them, the others take the first free of their 32 nearest
     last codes.
 
     This costs some accuracy (`reconstruction_error`) and suits catalogues that fill a small part of the code space:
     where most items would move, the last level says little. New items get the nearest codes from `RqVae.codes`.
-    Shape: x [N, input_dim] -> [N, L] int64, on the CPU.
+    The features are read once, in order. Shape: x [N, input_dim] -> [N, L] int64, on the model's device.
     """
     if not model.config["separate_collisions"]:
-        return model.codes(x, batch_size)
-    parts = []
-    for out in model.exact(x, batch_size):
-        left = out.residuals[..., -1] - out.embeddings[..., -1]
-        parts.append((out.sem_ids, left.square().sum(1)))
-    codes, distance = (torch.cat(part) for part in zip(*parts, strict=True))
-    items = surplus(codes, distance)
-    if len(items) == 0:
-        return codes.cpu()
+        return model.codes(x, batch_size).to(model.device)
     size = model.config["codebook_size"]
-    last, candidates = model.layers[-1], []
-    in_order = items.argsort()  # the order in which they lie on the disk
-    for out in model.exact(x, batch_size, items[in_order]):
-        distances = last.distances(out.residuals[..., -1], last.codebook.to(out.residuals))
-        candidates.append(distances.argsort(dim=1, stable=True)[:, :MAX_CANDIDATES].to(torch.int32))
-    by_item = torch.cat(candidates)
-    return separate(codes, items, torch.empty_like(by_item).index_copy(0, in_order, by_item), size).cpu()
+    exact, parts = model.exact(), []
+    for chunk in stream(x, batch_size, exact.device):
+        out = exact.get_semantic_ids(chunk.double())
+        distances, candidates = exact.layers[-1].ranked(out.residuals[..., -1], min(MAX_CANDIDATES, size))
+        parts.append((out.sem_ids, distances[:, 0], candidates.to(torch.int32)))
+    codes, distance, candidates = (torch.cat(part) for part in zip(*parts, strict=True))
+    items = surplus(codes, distance)
+    return separate(codes, items, candidates[items], size)
 
 
 @torch.no_grad()
-def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int = 65536) -> float:
+def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int = 8192) -> float:
     """Mean reconstruction loss of items x [N, input_dim] decoded from given codes [N, L]."""
     total = 0.0
-    for rows, chunk in zip(x.split(batch_size), codes.split(batch_size), strict=True):
-        ids, seen = chunk.to(model.device), model.normalized(rows.to(model.device))
+    for rows, chunk in zip(stream(x, batch_size, model.device), codes.split(batch_size), strict=True):
+        ids, seen = chunk.to(model.device), model.normalized(rows)
         latent = sum(layer.codebook[ids[:, level]] for level, layer in enumerate(model.layers))
         total += float(reconstruction_loss(model.decoder(latent), seen, model.n_cat_features).double().sum())
     return total / len(x)

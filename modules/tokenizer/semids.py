@@ -65,10 +65,10 @@ class SemanticIds:
         corpus_hash: str,
         tokenizer: dict,
     ) -> "SemanticIds":
-        """From codes [N, L], which get one more level unless they are unique: the item's rank among those with its
-        codes, by item id."""
-        rank, sizes = rank_within_equal(codes), (codebook_size,) * codes.shape[1]
-        codes = codes.long()
+        """From codes [N, L], on any device, which get one more level unless they are unique: the item's rank among
+        those with its codes, by item id."""
+        rank, sizes = rank_within_equal(codes).cpu(), (codebook_size,) * codes.shape[1]
+        codes = codes.long().cpu()
         if bool(rank.any()):
             codes, sizes = torch.cat([codes, rank[:, None]], 1), (*sizes, int(rank.max()) + 1)
         return SemanticIds(codes, sizes, item_keys, corpus_name, corpus_hash, tokenizer)
@@ -149,9 +149,9 @@ def rank_within_equal(codes: Tensor) -> Tensor:
     """For each row, how many earlier rows equal it. Shape: codes [N, L] -> [N] int64."""
     order = lexicographic_order(codes)
     ordered = codes[order]
-    opens = torch.ones(len(codes), dtype=torch.bool)
+    opens = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
     opens[1:] = (ordered[1:] != ordered[:-1]).any(1)
-    position = torch.arange(len(codes))
+    position = torch.arange(len(codes), device=codes.device)
     group_start = torch.where(opens, position, 0).cummax(0).values
     return torch.empty_like(order).index_copy(0, order, position - group_start)
 

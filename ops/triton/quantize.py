@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B, BLOCK_V = 16, 64
+BLOCK_B = 16  # rows of a program
+TILE = 8192  # numbers of a codebook that it compares them with at a time
 
 
 @triton.jit
@@ -100,8 +101,9 @@ def residual_quantize(x: Tensor, books: Tensor, beta: float, rotate: bool) -> tu
     total, loss = torch.empty_like(x), x.new_empty(B)
     ids = torch.empty(B, L, dtype=torch.int64, device=x.device)
     block_d = max(16, triton.next_power_of_2(D))
+    block_v = max(16, min(TILE // block_d, 256, triton.next_power_of_2(V)))
     grid = (triton.cdiv(B, BLOCK_B),)
-    _forward[grid](x, books, total, ids, loss, B, V, D, beta, L, BLOCK_B, BLOCK_V, block_d)
+    _forward[grid](x, books, total, ids, loss, B, V, D, beta, L, BLOCK_B, block_v, block_d, num_warps=8)
     return total, ids, loss
 
 

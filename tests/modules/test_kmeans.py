@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as SklearnKMeans
@@ -113,3 +114,12 @@ def test_the_generator_decides():
 def test_fewer_rows_than_centroids_are_refused():
     with pytest.raises(ValueError, match="k-means of 4 centroids needs at least 4 rows; there are 3"):
         kmeans(torch.randn(3, 2), 4, seeded(0))
+
+
+def test_spherical_centroids_are_the_directions_of_their_groups():
+    x = F.normalize(blobs(6, 0.5), dim=1)
+    result = kmeans(x, 6, seeded(0), spherical=True)
+    assert torch.equal(result.assignment, (x @ result.centroids.T).argmax(1))
+    for group, centroid in enumerate(result.centroids):
+        expected = F.normalize(x[result.assignment == group].sum(0), dim=0)
+        torch.testing.assert_close(centroid, expected, atol=1e-5, rtol=1e-5)

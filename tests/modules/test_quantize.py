@@ -102,6 +102,24 @@ def test_the_id_is_that_of_the_nearest_code(mode, size):
     torch.testing.assert_close(out.loss, 1.25 * difference.square().sum(1))
 
 
+@pytest.mark.parametrize("distance", ["l2", "cosine"])
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (7, 7), (64, 5)])
+def test_codes_are_ranked_by_distance_and_then_by_number(distance, size, k):
+    torch.manual_seed(0)
+    layer = Quantize(6, size, QuantizeMode.STE, 0.25, distance)
+    x = torch.randn(20, 6, dtype=torch.float64)
+    with torch.no_grad():
+        layer.embedding.weight[size // 2] = layer.embedding.weight[0]  # equally near to all
+        distances, codes = layer.ranked(x, k)
+    book = layer.embedding.weight.detach().double().numpy()
+    expected = cosine_distances(x, book) * 2 if distance == "cosine" else ((x.numpy()[:, None] - book) ** 2).sum(-1)
+    scale = 1.0 if distance == "cosine" else np.abs(book).max() ** 2
+    for row in range(len(x)):
+        order = sorted(range(size), key=lambda code: (round(expected[row, code], 9), code))[:k]
+        assert codes[row].tolist() == order
+        np.testing.assert_allclose(distances[row] * scale / 2**24, expected[row, order], atol=scale / 2**24)
+
+
 def test_of_equal_codes_the_first_is_taken():
     layer, x = make(QuantizeMode.STE, size=40)
     with torch.no_grad():

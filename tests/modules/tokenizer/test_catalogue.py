@@ -45,12 +45,23 @@ def test_features_may_be_a_file_read_in_chunks(tmp_path, batch_size):
     assert torch.equal(catalogue_codes(model, mapped, batch_size), catalogue_codes(model, x))
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 33, 64])
+def test_rounding_does_not_order_items_with_equal_features(batch_size):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x = torch.randn(40, 24)[torch.randint(0, 40, (500,))]
+        model = RqVae(24, embed_dim=8, hidden_dims=(32,), codebook_size=16)
+        model.initialize(x, torch.Generator().manual_seed(0))
+        assert torch.equal(catalogue_codes(model, x, batch_size), catalogue_codes(model, x))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_codes_of_the_cpu():
     model, x = make(5000)
     expected = catalogue_codes(model, x)
-    assert torch.equal(catalogue_codes(model.cuda(), x), expected)
-    assert torch.equal(catalogue_codes(model, x.cuda()), expected)
+    for batch_size in (65536, 777):
+        assert torch.equal(catalogue_codes(model.cuda(), x, batch_size).cpu(), expected)
+        assert torch.equal(catalogue_codes(model, x.cuda(), batch_size).cpu(), expected)
 
 
 def test_the_error_of_codes_is_that_of_decoding_them():

@@ -10,7 +10,9 @@ from tests.ops.triton.device import DEVICE
 
 
 @pytest.mark.parametrize("mode", [QuantizeMode.STE, QuantizeMode.ROTATION_TRICK])
-@pytest.mark.parametrize(("batch", "size", "dim", "levels"), [(1, 1, 1, 1), (37, 70, 20, 3), (16, 64, 32, 2)])
+@pytest.mark.parametrize(
+    ("batch", "size", "dim", "levels"), [(1, 1, 1, 1), (37, 70, 20, 3), (16, 64, 32, 2), (9, 300, 100, 2)]
+)
 def test_the_fused_quantizer_is_that_of_the_levels(mode, batch, size, dim, levels):
     torch.manual_seed(0)
     model = RqVae(3, dim, (4,), size, levels, codebook_mode=mode, commitment_weight=0.3).to(DEVICE).train()
