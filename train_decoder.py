@@ -23,7 +23,7 @@ from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.catalogue import Described, load_or_make_ids
 from training import cli, distributed, plots, report
-from training.evaluate import baseline_metrics, retrieval_metrics, validation_loss
+from training.evaluate import Evaluation, baseline_metrics
 from training.health import Health
 from training.replay import Replay
 from training.run import Run
@@ -126,9 +126,6 @@ def train(
     run.save_config()
     prepared, optimizer = accelerator.prepare(model, optimizer)
 
-    def evaluate(split: SequenceSource) -> dict[str, float]:
-        return retrieval_metrics(model, split, trie, top_k, beams, eval_batch_size, accelerator)
-
     # One process on a GPU replays its passes as CUDA graphs.
     recorded = device.type == "cuda" and accelerator.num_processes == 1
     fillers = filler_rows(batch_size) if recorded else 0
@@ -140,6 +137,7 @@ def train(
         return torch.stack([losses.loss, *losses.level_losses]).detach() * weight
 
     replay = Replay(passes, model, device, recorded)
+    evaluation = Evaluation(model, trie, beams, eval_batch_size, accelerator, recorded)
 
     report.heading(
         "Retriever",
@@ -191,10 +189,10 @@ def train(
                 report.show(bar, values)
                 health.check(model)
             if due(done, partial_eval_every, iterations):
-                run.log(done, "valid", {"loss": validation_loss(model, valid, trie, eval_batch_size, accelerator)})
+                run.log(done, "valid", {"loss": evaluation.loss(valid)})
             improved = False
             if due(done, full_eval_every, iterations):
-                metrics = evaluate(valid)
+                metrics = evaluation.metrics(valid, top_k)
                 run.log(done, "valid", metrics)
                 improved = metrics[chosen_by] > best.get(chosen_by, -1.0)
                 best = metrics if improved else best
@@ -212,7 +210,8 @@ def train(
     run.load_best(model)
     metrics = {f"valid/{name}": value for name, value in best.items()}
     for name, split in test.items():
-        figures = evaluate(split) | baseline_metrics(split, splits.train_lengths, corpus.n_items, top_k)
+        baselines = baseline_metrics(split, splits.train_lengths, corpus.n_items, top_k)
+        figures = evaluation.metrics(split, top_k) | baselines
         metrics |= {f"{name}/{key}": value for key, value in figures.items()}
     if accelerator.is_main_process:
         model.save_pretrained(run.root / "model")

@@ -2,46 +2,84 @@
 
     python -m benchmarks.generation
 
-Histories are as long as Beauty's test histories; the weights are random, which changes no shape.
+Histories are as long as Beauty's test histories, on a GPU all 22,363; the weights are random, which changes no shape.
+"eager": launched by the host; "recorded": CUDA graphs, as evaluation uses; "padded": every history has the length of
+the longest, which is what a padded model computes.
 """
 
 import argparse
 import time
 
 import torch
+from accelerate import Accelerator
 
-from benchmarks.training import MAX_ITEMS, WIDE, beauty_like, catalogue
-from data.schemas import Samples
-from data.utils import SequenceSource, tokenize
-from modules.generation.beam_search import beam_search
+from benchmarks.training import MAX_ITEMS, N_ITEMS, WIDE, beauty_like, catalogue
+from data.schemas import Interactions, Samples
+from data.utils import SequenceSource
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
+from training.evaluate import Evaluation
+
+REPEATS = 3  # rounds over all users
 
 
-def measure(options: dict, users: int, batch_size: int, beams: int, args) -> None:
-    device = torch.device(args.device)
-    data, (codes, sizes) = beauty_like(users), catalogue()
+def padded(users: int) -> Interactions:
+    """Histories of the greatest length, and a target each."""
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randint(0, N_ITEMS, (users * (MAX_ITEMS + 1),), generator=generator, dtype=torch.int32)
+    return Interactions(items, torch.arange(users + 1) * (MAX_ITEMS + 1))
+
+
+def last_of_each(data: Interactions, device: torch.device) -> SequenceSource:
+    """Every user's last item as the target."""
     last = data.offsets.diff() - 1
-    samples = Samples(torch.arange(len(last)), last, torch.zeros_like(last))
-    source = SequenceSource(data, samples, MAX_ITEMS, device)
-    trie = Trie.build(codes).to(device)
+    return SequenceSource(data, Samples(torch.arange(len(last)), last, torch.zeros_like(last)), MAX_ITEMS, device)
+
+
+def batch_times(evaluation: Evaluation, source: SequenceSource) -> list[float]:
+    """Seconds of each batch of one round, drawn and generated one after another."""
+    marks = [mark(source.device)]
+    for batch in evaluation.batches(source):
+        evaluation.items(batch)
+        marks.append(mark(source.device))
+    pairs = list(zip(marks, marks[1:], strict=False))
+    if source.device.type == "cpu":
+        return [end - start for start, end in pairs]
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def mark(device: torch.device):
+    """A moment: of the host, or of the GPU's stream."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def measure(options: dict, batch_size: int, beams: int, kind: str, args) -> None:
+    accelerator = Accelerator(mixed_precision="bf16" if args.dtype == "bfloat16" else "no", cpu=args.device == "cpu")
+    device, (codes, sizes) = accelerator.device, catalogue()
+    data = padded(args.users) if kind == "padded" else beauty_like(args.users)
+    source, trie = last_of_each(data, device), Trie.build(codes).to(device)
     torch.manual_seed(0)
     model = EncoderDecoderRetrievalModel(sizes, **options).to(device).eval()
-
-    def generate() -> float:
-        start = time.perf_counter()
-        for batch in source.in_order(batch_size):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                items = beam_search(model, tokenize(batch, trie.item_codes), trie, beams).items
-        int(items[-1, -1])
-        return time.perf_counter() - start
-
-    generate()
-    seconds = sorted(generate() for _ in range(3))
+    recorded = device.type == "cuda" and kind != "eager"
+    evaluation = Evaluation(model, trie, beams, batch_size, accelerator, recorded)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    batch_times(evaluation, source)
+    first = time.perf_counter() - start
+    rounds = [batch_times(evaluation, source) for _ in range(REPEATS)]
+    rates = sorted(args.users / sum(times) for times in rounds)
+    p20, p50, p80 = torch.tensor(rounds).flatten().quantile(torch.tensor([0.2, 0.5, 0.8])).mul(1e3).tolist()
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
     print(
-        f"d {options['dim']}, {users:,} users in batches of {batch_size}, {beams} beams, {args.dtype}: "
-        f"{users / seconds[1]:,.1f} users/s ({users / seconds[2]:,.1f} to {users / seconds[0]:,.1f}), "
-        f"all in {seconds[1]:.2f} s",
+        f"d {options['dim']}, {args.users:,} users in batches of {batch_size}, {beams} beams, {args.dtype}, {kind}: "
+        f"{rates[1]:,.1f} users/s ({rates[0]:,.1f} to {rates[2]:,.1f}), all in {args.users / rates[1]:.2f} s; a batch "
+        f"{p20:.2f} / {p50:.2f} / {p80:.2f} ms (p20 / p50 / p80); first round {first:.1f} s{memory}",
         flush=True,
     )
 
@@ -49,21 +87,24 @@ def measure(options: dict, users: int, batch_size: int, beams: int, args) -> Non
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
     parser.add_argument("--batch", type=int, nargs="+", default=[512, 2048] if gpu else [128])
     parser.add_argument("--beams", type=int, nargs="+", default=[10, 50] if gpu else [10])
     parser.add_argument("--dims", type=int, nargs="+", default=[384, 128])
     parser.add_argument("--users", type=int, default=22_363 if gpu else 256)
+    kinds = ["eager", "recorded", "padded"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds if gpu else ["eager", "padded"])
     args = parser.parse_args()
-    if gpu:
+    if args.device == "cuda":
         from benchmarks.timing import heading
 
         heading()
     for dim in args.dims:
         for beams in args.beams:
             for batch in args.batch:
-                measure(WIDE | dict(dim=dim), args.users, batch, beams, args)
+                for kind in args.kinds:
+                    measure(WIDE | dict(dim=dim), batch, beams, kind, args)
 
 
 if __name__ == "__main__":

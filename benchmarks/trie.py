@@ -1,6 +1,10 @@
-"""The trie over many items: time to build, bytes an item, and the cost of one masking step beside a small catalogue's.
+"""The trie over many items: time to build, bytes an item, and what a masking step costs on each level.
 
-python -m benchmarks.trie
+    python -m benchmarks.trie
+
+A masking step is the distribution over the children of every beam's node, the best of them, and their nodes. On a GPU
+it is timed as a CUDA graph with a cold L2 cache. Its cost follows the widest node of a level, which in random
+catalogues grows with the items; "equally wide" ones have one node of 256 children on each level, whatever their size.
 """
 
 import argparse
@@ -11,11 +15,15 @@ import torch
 from modules.generation.trie import Trie
 
 
-def random_codes(n: int, device: torch.device) -> torch.Tensor:
-    """n distinct tuples of four codes of 256, in no order."""
+def random_codes(n: int, device: torch.device, wide: bool) -> torch.Tensor:
+    """n distinct tuples of four codes of 256, in no order. wide: one node of each level has all 256 children."""
     generator = torch.Generator().manual_seed(0)
+    shifts = torch.tensor([0, 8, 16, 24])
+    path = (torch.arange(256)[:, None] << shifts).flatten().unique() if wide else torch.empty(0, dtype=torch.int64)
     numbers = torch.randint(0, 2**32, (n + n // 8 + 1000,), generator=generator).unique()
-    numbers = numbers[torch.randperm(len(numbers), generator=generator)[:n]].to(device)
+    numbers = numbers[~torch.isin(numbers, path)]
+    numbers = torch.cat([path, numbers[torch.randperm(len(numbers), generator=generator)]])[:n]
+    numbers = numbers[torch.randperm(n, generator=generator)].to(device)
     return torch.stack([numbers >> shift & 255 for shift in (24, 16, 8, 0)], 1).to(torch.int32)
 
 
@@ -25,52 +33,71 @@ def size(trie: Trie) -> float:
     return sum(tensor.nbytes for tensor in tensors) / trie.n_items
 
 
-def seconds(function, device: torch.device, repeats: int) -> float:
-    """Median of `repeats` calls."""
+def clock(function, device: torch.device, repeats: int) -> tuple[float, float, float]:
+    """20 %, 50 % and 80 % quantiles of the time of a call, in microseconds, the host's part included."""
     times = []
     for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
         start = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+        times.append(1e6 * (time.perf_counter() - start))
+    return tuple(torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist())
 
 
-def masking_step(trie: Trie, users: int, beams: int, device: torch.device) -> float:
-    """Seconds for the distribution over the children of each beam's node, on all levels."""
+def masking(trie: Trie, level: int, users: int, beams: int, search: bool) -> tuple[float, float, float]:
+    """Quantiles of one level's step in microseconds. search: with the choice of the best children."""
+    device = trie.leaf_items.device
     logits = torch.randn(users, beams, 256, device=device)
-    items = torch.randint(0, trie.n_items, (users, beams), device=device)
-    nodes = trie.item_nodes[items]
+    nodes = trie.item_nodes[torch.randint(0, trie.n_items, (users, beams), device=device), level]
 
     def step() -> None:
-        for level in range(trie.n_levels):
-            trie.log_probs(logits, level, nodes[..., level])
+        log_probs = trie.log_probs(logits, level, nodes)
+        if search:
+            _, best = log_probs.flatten(1).topk(min(beams, log_probs[0].numel()), dim=1)
+            trie.child(level, nodes.gather(1, best // trie.fanout[level]), best % trie.fanout[level])
 
     step()
-    return seconds(step, device, 15)
+    if device.type == "cpu":
+        return clock(step, device, 15)
+    from benchmarks.timing import quantiles, replayed
+
+    return quantiles(replayed(step))
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 1_000_000, 10_000_000])
-    parser.add_argument("--users", type=int, default=512)
+    parser.add_argument("--users", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--beams", type=int, default=10)
     args = parser.parse_args()
     device = torch.device(args.device)
+    if args.device == "cuda":
+        from benchmarks.timing import heading
+
+        heading()
     for n in args.items:
-        codes = random_codes(n, device)
-        build = seconds(lambda codes=codes: Trie.build(codes), device, 3)
-        trie = Trie.build(codes)
-        step = masking_step(trie, args.users, args.beams, device)
-        print(
-            f"{device}: {n:,} items: built in {build:.2f} s, {size(trie):.1f} bytes an item, fanout {trie.fanout}, "
-            f"masking {args.users} x {args.beams} beams on all levels {1e3 * step:.2f} ms",
-            flush=True,
-        )
+        for wide in (False, True):
+            codes = random_codes(n, device, wide)
+            build = clock(lambda codes=codes: Trie.build(codes), device, 3)[1] / 1e6
+            trie = Trie.build(codes)
+            print(
+                f"{device}: {n:,} items{', equally wide' if wide else ''}: built in {build:.2f} s, {size(trie):.1f} "
+                f"bytes an item, fanout {trie.fanout}"
+            )
+            for users in args.users:
+                show(trie, users, args.beams)
+
+
+def show(trie: Trie, users: int, beams: int) -> None:
+    """Two lines: of the distribution alone, and of the whole step."""
+    for name, search in (("distribution", False), ("and the best children", True)):
+        levels = [masking(trie, level, users, beams, search) for level in range(trie.n_levels)]
+        times = ", ".join(" / ".join(f"{t:.1f}" for t in level) for level in levels)
+        total = sum(level[1] for level in levels)
+        print(f"  {users} x {beams} beams, {name}: levels {times} us (p20 / p50 / p80); all {total:.1f} us", flush=True)
 
 
 if __name__ == "__main__":

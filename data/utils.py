@@ -12,6 +12,8 @@ from torch import Tensor
 from data.schemas import Interactions, Samples, SeqBatch, TokenizedSeqBatch
 from ops.jagged import JaggedTensor, lengths_to_offsets, row_indices
 
+CONSUMED_GRAIN = 16  # items a row, to a multiple of which the consumed ones of a batch are filled up
+
 
 class SequenceSource:
     """Draws batches of samples of one split.
@@ -101,10 +103,32 @@ class SequenceSource:
         items = self._items[rows.clamp_max(len(self._items) - 1)]  # fillers may ask for more than there are
         return JaggedTensor(items.long(), offsets, max_length), rows
 
-    def in_order(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[SeqBatch]:
-        """Every sample once, in order; process `rank` gets every world_size-th batch."""
+    def filled_batch(self, index: Tensor, n_samples: int) -> SeqBatch:
+        """`batch` filled up, so that most batches of a source have equal shapes; built without waiting for the device.
+
+        The first samples of the source make up for those that `index` lacks, and fillers (see `device_batch`) for
+        histories and consumed items up to a multiple of some number of items; their targets have weight 0.
+        """
+        index, n_real = torch.cat([index, torch.arange(n_samples - len(index)) % len(self)]), len(index)
+        on_device, fillers = index.to(self.device, non_blocking=True), filler_rows(n_samples)
+        n_items = filled_size(self.n_items(index), fillers, self.max_items)
+        batch = self.device_batch(on_device, None, n_items, fillers)
+        rows = row_indices(batch.targets.offsets, len(batch.targets.values))
+        batch = replace(batch, target_weights=batch.target_weights.masked_fill(rows >= n_real, 0.0))
+        if not self.exclude_history:
+            return batch
+        total = filled_size(int(self.samples.position[index].sum()), n_samples, CONSUMED_GRAIN)
+        lengths = F.pad(self._samples.position[on_device], (0, fillers))
+        ends = F.pad(self._starts[on_device], (0, fillers)) + lengths
+        spare = total - lengths.sum()  # of the first filler
+        lengths[n_samples], ends[n_samples] = spare, spare
+        return replace(batch, consumed=self._slice(ends, lengths, total, total)[0])
+
+    def in_order(self, batch_size: int, rank: int = 0, world_size: int = 1, filled: bool = False) -> Iterator[SeqBatch]:
+        """Every sample once, in order; process `rank` gets every world_size-th batch. filled: see `filled_batch`."""
         for start in range(rank * batch_size, len(self), batch_size * world_size):
-            yield self.batch(torch.arange(start, min(start + batch_size, len(self))))
+            index = torch.arange(start, min(start + batch_size, len(self)))
+            yield self.filled_batch(index, min(batch_size, len(self))) if filled else self.batch(index)
 
 
 def _position(samples: Samples, index: Tensor, uniform: Tensor | None) -> Tensor:

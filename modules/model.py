@@ -12,8 +12,9 @@ from data.schemas import TokenizedSeqBatch
 from modules.embedding.id_embedder import SemIdEmbedder, UserEmbedder
 from modules.generation.trie import Trie
 from modules.pretrained import load_pretrained, save_pretrained
-from modules.transformer.model import Decoder, Encoder, MemoryView, TransformerConfig
+from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
 from ops.jagged import JaggedTensor, jagged_prepend, row_indices
+from ops.residual import stream_dtype
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class EncoderDecoderRetrievalModel(nn.Module):
         return self.decoder.memory(self.encoder(history))
 
     def _level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """hidden [..., dim] -> float32 logits [..., V_level]."""
+        """hidden [..., dim] -> logits [..., V_level], in the dtype of autocast where it is on."""
         start = sum(self.level_sizes[:level])
-        return F.linear(hidden, self.head.weight[start : start + self.level_sizes[level]]).float()
+        return F.linear(hidden, self.head.weight[start : start + self.level_sizes[level]])
 
     def _target_view(self, batch: TokenizedSeqBatch) -> MemoryView:
         """Target i of a user sees the user token and the items before it."""
@@ -115,13 +116,13 @@ class EncoderDecoderRetrievalModel(nn.Module):
     def level_logits(self, batch: TokenizedSeqBatch, target_codes: Tensor) -> list[Tensor]:
         """Logits of every level given the target's codes before it (teacher forcing).
 
-        Shape: target_codes [P, L'] -> L' tensors [P, V_level] float32.
+        Shape: target_codes [P, L'] -> L' tensors [P, V_level], in the dtype of autocast where it is on.
         """
         before = self.code_embedder(target_codes[:, :-1])  # [P, L'-1, dim]
         start = self.start.expand(len(before), 1, -1).to(before.dtype)
         view = self._target_view(batch)
         hidden, _ = self.decoder(torch.cat([start, before], 1), self.memory(batch), view)  # [P, L', dim]
-        return [self._level_logits(hidden[:, level], level) for level in range(len(self.level_sizes))]
+        return [self._level_logits(row, level) for level, row in enumerate(hidden.unbind(1))]
 
     def forward(self, batch: TokenizedSeqBatch, trie: Trie) -> RetrievalLoss:
         """-log p(item), the sum over levels of the cross-entropy of its code (Rajput et al. 2023, section 3.2).
@@ -130,38 +131,34 @@ class EncoderDecoderRetrievalModel(nn.Module):
         items of the trie and no capacity goes into learning which tuples exist.
         """
         items = batch.targets.values
-        codes, nodes = trie.item_codes[items].long(), trie.item_nodes[items]  # [P, L'], [P, L'+1]
-        losses = []
-        for level, logits in enumerate(self.level_logits(batch, codes)):
-            log_probs, _, _ = trie.log_probs(logits, level, nodes[:, level])  # [P, fanout]
-            child = (nodes[:, level + 1] - trie.first_child[level][nodes[:, level]]).long()
-            losses.append(-log_probs.gather(-1, child[:, None])[:, 0])
-        level_losses = torch.stack(losses)  # [L', P]
+        codes, nodes = trie.item_codes[items], trie.item_nodes[items]  # [P, L'], [P, L'+1]
+        level_losses = torch.stack(
+            [
+                trie.cross_entropy(logits, level, nodes[:, level], nodes[:, level + 1])
+                for level, logits in enumerate(self.level_logits(batch, codes))
+            ]
+        )  # [L', P]
         if batch.target_weights is None:
             level_losses = level_losses.mean(1)
         else:
             level_losses = (level_losses * batch.target_weights).sum(1) / batch.target_weights.sum()
         return RetrievalLoss(level_losses.sum(), level_losses)
 
-    def next_code(
-        self, codes: Tensor, memory: list[JaggedTensor], cache: list[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def next_code(self, codes: Tensor, memory: list[JaggedTensor], past: Past | None) -> tuple[Tensor, list[Tensor]]:
         """Logits of the next level's codes, one step of generation.
 
-        codes: [B, K, level], the prefix of each beam; K = 1 at level 0. cache: what the step before returned,
-        each layer's keys and values [B * K, level, 2, H, D].
-        Returns logits [B, K, V_level] float32 and the new cache.
+        codes: [B, K, level], the prefix of each beam; K = 1 at level 0. past: of the steps before, for B * K sequences.
+        Returns logits [B, K, V_level] and each layer's keys and values [B * K, 2, H, D], for `Past.extend`.
         """
         batch, beams, level = codes.shape
         if level == 0:
-            x = self.start.expand(batch, 1, -1)
+            x = self.start.expand(batch, 1, -1).to(stream_dtype(self.start))
         else:
             x = self.code_embedder(codes.view(batch * beams, level))[:, -1:]  # [B * K, 1, dim]
         limits = memory[0].lengths.repeat_interleave(beams)
         view = MemoryView(torch.arange(batch + 1, device=x.device) * beams, beams, limits)
-        hidden, cache = self.decoder(x, memory, view, cache)
-        logits = self._level_logits(hidden[:, 0], level).unflatten(0, (batch, beams))
-        return logits, cache
+        hidden, tokens = self.decoder(x, memory, view, past)
+        return self._level_logits(hidden[:, 0], level).unflatten(0, (batch, beams)), tokens
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into the folder."""

@@ -27,12 +27,12 @@ class RankingMetrics:
         self.ks = ks
         self.counts = torch.zeros(max(ks) + 1, dtype=torch.int64, device=device)  # per rank; the last: missing
 
-    def update(self, items: Tensor, target: Tensor) -> None:
-        """items [B, K], best first, -1 for none; target [B]."""
+    def update(self, items: Tensor, target: Tensor, counted: Tensor | None = None) -> None:
+        """items [B, K], best first, -1 for none; target [B]; counted [B] bool: which users count, by default all."""
         depth = len(self.counts) - 1
         rank = target_rank(items[:, :depth], target)
         rank = torch.where(rank < min(depth, items.shape[1]), rank, depth)
-        self.counts += torch.bincount(rank, minlength=depth + 1)
+        self.counts.index_add_(0, rank, torch.ones_like(rank) if counted is None else counted.long())
 
     def compute(self) -> dict[str, float]:
         """{"recall@5": .., "ndcg@5": .., ...}. ValueError where nothing was added."""

@@ -40,15 +40,18 @@ class Recording:
 class Replay:
     """Calls a function that adds to the gradients of a model, and returns a tensor that the next call overwrites.
 
+    model: None where the function leaves gradients alone.
     function(size, *inputs): all else that varies from call to call comes in the inputs, and no step of it may ask the
     device for a number. recorded: record every size and shape at its first call, which needs a GPU; otherwise the
     function is called. Recorded passes write gradients of their own, which cost nothing to clear: let
     `zero_grad(set_to_none=True)` do that.
     """
 
-    def __init__(self, function: Callable[..., Tensor], model: nn.Module, device: torch.device, recorded: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], model: nn.Module | None, device: torch.device, recorded: bool
+    ) -> None:
         self._function, self._device = function, device
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = [p for p in model.parameters() if p.requires_grad] if model is not None else []
         self._recordings: dict[tuple, Recording] | None = {} if recorded else None
 
     def __call__(self, size: int, *inputs: Tensor) -> Tensor:

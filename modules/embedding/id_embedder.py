@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ops.embedding import embed_codes
+
 
 class SemIdEmbedder(nn.Module):
     """Each code of a semantic ID becomes a vector for the code plus one for the prefix that ends with it.
@@ -23,23 +25,9 @@ class SemIdEmbedder(nn.Module):
         self.prefix_table = nn.Embedding(prefix_buckets, dim) if prefix_buckets and len(level_sizes) > 1 else None
 
     def forward(self, codes: Tensor) -> Tensor:
-        """codes [..., l] of the first l levels -> [..., l, dim]."""
-        embedded = self.table(codes + self.starts[: codes.shape[-1]])
-        if self.prefix_table is None or codes.shape[-1] < 2:
-            return embedded
-        hashed = hash_prefixes(codes)[..., 1:] % self.prefix_table.num_embeddings  # [..., l-1]
-        prefixes = self.prefix_table(hashed)
-        return embedded + torch.cat([torch.zeros_like(embedded[..., :1, :]), prefixes], -2)
-
-
-def hash_prefixes(codes: Tensor) -> Tensor:
-    """A non-negative 31-bit hash of each prefix, equal on every machine. Shape: codes [..., l] -> [..., l] int64."""
-    state, hashes = torch.zeros_like(codes[..., 0]), []
-    for level in range(codes.shape[-1]):
-        state = (state * 1_000_003 + codes[..., level] + 1) % (2**31 - 1)
-        state = state ^ (state >> 15)
-        hashes.append(state * 48_271 % (2**31 - 1))
-    return torch.stack(hashes, -1)
+        """codes [T, l] integers, of the first l levels -> [T, l, dim], in `ops.residual.stream_dtype`."""
+        prefix_table = self.prefix_table.weight if self.prefix_table is not None else None
+        return embed_codes(codes, self.starts, self.table.weight, prefix_table)
 
 
 class UserEmbedder(nn.Module):
@@ -50,6 +38,8 @@ class UserEmbedder(nn.Module):
         self.table = nn.Embedding(buckets, dim)
 
     def forward(self, user: Tensor) -> Tensor:
-        """user [B] int64 -> [B, dim]."""
+        """user [B] int64 -> [B, dim], in `ops.residual.stream_dtype`."""
         hashed = (user * 2654435761) % 2**32  # Knuth's multiplicative hash: equal on every machine
-        return self.table(hashed % self.table.num_embeddings)
+        rows = (hashed % self.table.num_embeddings)[:, None]
+        # Not the table itself, whose gradient torch may sum by atomics on a GPU.
+        return embed_codes(rows, rows.new_zeros(1), self.table.weight, None)[:, 0]

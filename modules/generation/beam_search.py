@@ -6,6 +6,7 @@ from data.schemas import RankedItems, TokenizedSeqBatch
 from data.utils import is_consumed
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
+from modules.transformer.model import Past
 
 
 @torch.no_grad()
@@ -23,21 +24,23 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
     nodes = torch.zeros(users, 1, dtype=torch.int32, device=device)
     scores = torch.zeros(users, 1, device=device)
     codes = torch.zeros(users, 1, 0, dtype=torch.int64, device=device)
-    cache = None
-    for level in range(trie.n_levels):
-        logits, cache = model.next_code(codes, memory, cache)  # [B, K, V]
-        log_probs, child, code = trie.log_probs(logits, level, nodes)  # [B, K, fanout]
-        total = (scores[..., None] + log_probs).flatten(1)  # [B, K * fanout]
-        if batch.consumed is not None and level == trie.n_levels - 1:
-            seen = is_consumed(trie.leaf_items[child].flatten(1), batch.consumed)
-            total = total.masked_fill(seen, float("-inf"))
-        kept = min(beams, total.shape[1], len(trie.code[level]))
-        scores, best = total.topk(kept, dim=1)  # sorted, best first
-        parent = best // trie.fanout[level]  # [B, kept]
-        nodes = child.flatten(1).gather(1, best)
-        before = codes.gather(1, parent[..., None].expand(-1, -1, level))
-        codes = torch.cat([before, code.flatten(1).gather(1, best)[..., None]], -1)
-        rows = (parent + torch.arange(users, device=device)[:, None] * logits.shape[1]).flatten()
-        cache = [layer[rows] for layer in cache]
+    past = None
+    for level, fanout in enumerate(trie.fanout):
+        logits, tokens = model.next_code(codes, memory, past)  # [B, K, V]
+        total = scores[..., None] + trie.log_probs(logits, level, nodes)  # [B, K, fanout]
+        last = level == trie.n_levels - 1
+        if last and batch.consumed is not None:
+            children = trie.child(level, nodes[..., None], torch.arange(fanout, device=device))
+            seen = is_consumed(trie.leaf_items[children].flatten(1), batch.consumed)
+            total = total.masked_fill(seen.view_as(total), float("-inf"))
+        kept = min(beams, total[0].numel(), len(trie.code[level]))
+        scores, best = total.flatten(1).topk(kept, dim=1)  # sorted, best first
+        parent = best // fanout  # [B, kept]
+        nodes = trie.child(level, nodes.gather(1, parent), best % fanout)
+        if not last:
+            before = codes.gather(1, parent[..., None].expand(-1, -1, level))
+            codes = torch.cat([before, trie.code[level][nodes].long()[..., None]], -1)
+            rows = (parent + torch.arange(users, device=device)[:, None] * logits.shape[1]).flatten()
+            past = Past.extend(past, tokens, rows)
     items = trie.leaf_items[nodes].long().masked_fill(scores == float("-inf"), -1)
     return RankedItems(items, scores)

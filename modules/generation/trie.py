@@ -7,6 +7,7 @@ from torch import Tensor
 
 from modules.tokenizer.semids import lexicographic_order
 from ops.jagged import lengths_to_offsets
+from ops.trie import child_log_probs, trie_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -76,24 +77,24 @@ class Trie:
             self.fanout,
         )
 
-    def children(self, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Children of nodes of one depth.
+    def child(self, depth: int, nodes: Tensor, place: Tensor) -> Tensor:
+        """Child number `place` of each node of one depth, the last where there are fewer. Shape: [...] all."""
+        first_child = self.first_child[depth]
+        return torch.minimum(first_child[nodes] + place, first_child[nodes + 1] - 1).int()
 
-        Shape: nodes [...] -> child nodes, their codes, and whether each exists: [..., fanout[depth]].
-        Where a child does not exist, its node and code are those of the first child.
-        """
-        first, last = self.first_child[depth][nodes], self.first_child[depth][nodes + 1]
-        child = first[..., None] + torch.arange(self.fanout[depth], dtype=torch.int32, device=nodes.device)
-        exists = child < last[..., None]
-        child = torch.where(exists, child, first[..., None])
-        return child, self.code[depth][child], exists
-
-    def log_probs(self, logits: Tensor, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def log_probs(self, logits: Tensor, depth: int, nodes: Tensor) -> Tensor:
         """Distribution over the children of each node: a softmax over the codes that continue a real item.
 
         Shape: logits [..., V] of the codes of this level, nodes [...] of `depth` -> log-probabilities float32
-        (-inf where a child does not exist), child nodes, their codes: [..., fanout[depth]].
+        [..., fanout[depth]], -inf where a child does not exist.
         """
-        child, code, exists = self.children(depth, nodes)
-        scores = logits.float().gather(-1, code.long()).masked_fill(~exists, float("-inf"))
-        return scores.log_softmax(-1), child, code
+        return child_log_probs(logits, self.first_child[depth], self.code[depth], nodes, self.fanout[depth])
+
+    def cross_entropy(self, logits: Tensor, depth: int, nodes: Tensor, targets: Tensor) -> Tensor:
+        """-log of the probability, as in `log_probs`, of one child of each node.
+
+        Shape: logits [P, V] of the codes of this level, nodes [P] of `depth`, targets [P] of depth + 1 -> [P], float32
+        or wider.
+        """
+        level = self.first_child[depth], self.code[depth]
+        return trie_cross_entropy(logits, *level, nodes, targets, self.fanout[depth])

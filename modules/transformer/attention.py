@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.jagged import JaggedTensor, jagged_attention
+from ops.past import past_attention
 
 
 class RelativePositionBias(nn.Module):
@@ -45,21 +46,24 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
 
     def forward(
-        self, x: JaggedTensor, bias: Tensor | None = None, causal: bool = False, past: Tensor | None = None
+        self,
+        x: JaggedTensor,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [T, dim], bias [H, 2R+1] -> [T, dim], and the tokens' keys and values [T, 2, H, D].
 
-        past: keys and values [S, P, 2, H, D] of what came before, where x is one token for each of S rows. They are
-        seen as well, and those returned, [S, P + 1, 2, H, D], include them.
+        past: where x is one token for each of S rows, the keys and values [R, 2, H, D] of earlier tokens, and which of
+        them [S, P] are those before each; they are seen as well, without bias.
         """
         packed = self.query_key_value(x.values).view(-1, 3, self.n_heads, self.head_dim)
-        scale, seen = self.head_dim**-0.5, packed[:, 1:]
+        scale = self.head_dim**-0.5
         if past is None:
-            attended = jagged_attention(x.with_values(packed), None, bias, None, causal, scale)
+            attended = jagged_attention(x.with_values(packed), None, bias, None, causal, scale).values
         else:
-            seen = torch.cat([past, seen[:, None]], 1)
-            attended = jagged_attention(x.with_values(packed[:, 0]), JaggedTensor.uniform(seen), bias, scale=scale)
-        return self.out(attended.values.flatten(1)), seen
+            attended = past_attention(packed, *past, scale)
+        return self.out(attended.flatten(1)), packed[:, 1:]
 
 
 class CrossAttention(nn.Module):

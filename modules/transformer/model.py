@@ -17,7 +17,7 @@ from ops.residual import add_norm, relu_dropout
 @dataclass(frozen=True)
 class TransformerConfig:
     """dim: of the residual stream; ff_dim: of the feed-forward's hidden layer; dropout: of every residual
-    branch and of the feed-forward's hidden layer."""
+    branch, of the feed-forward's hidden layer and of the result."""
 
     dim: int
     ff_dim: int
@@ -44,17 +44,39 @@ class MemoryView:
         return JaggedTensor(x.flatten(0, 1), self.offsets * length, self.max_sequences * length)
 
 
+@dataclass(frozen=True)
+class Past:
+    """Tokens decoded before, and which of them each sequence continues.
+
+    layers: each decoder layer's keys and values [R, 2, H, D]. rows: [S, P] int64, those of each sequence's tokens.
+    """
+
+    layers: list[Tensor]
+    rows: Tensor
+
+    @staticmethod
+    def extend(past: "Past | None", tokens: list[Tensor], chosen: Tensor) -> "Past":
+        """The past of the next step, whose sequence s continues sequence chosen[s] of the last one.
+
+        tokens: each layer's keys and values [S, 2, H, D] of the last step, `past` the one it had. chosen: [S'] int64.
+        """
+        if past is None:
+            return Past(tokens, chosen[:, None])
+        rows = torch.cat([past.rows[chosen], chosen[:, None] + len(past.layers[0])], 1)
+        return Past([torch.cat(pair) for pair in zip(past.layers, tokens, strict=True)], rows)
+
+
 class AddNorm(nn.Module):
     """hidden = x + dropout(branch), and its normalization by the root mean square; see `ops.residual.add_norm`."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, last: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(config.dim))
-        self.dropout = config.dropout
+        self.dropout, self.last = config.dropout, last
 
     def forward(self, x: Tensor | None, branch: Tensor) -> tuple[Tensor, Tensor]:
         """x (None at the start of the stream), branch [T, dim] -> hidden, normed [T, dim]."""
-        return add_norm(x, branch, self.weight, self.dropout if self.training else 0.0)
+        return add_norm(x, branch, self.weight, self.dropout if self.training else 0.0, self.last)
 
 
 class FeedForward(nn.Module):
@@ -73,12 +95,12 @@ class FeedForward(nn.Module):
 class EncoderBlock(nn.Module):
     """Self-attention, then feed-forward."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, last: bool) -> None:
         super().__init__()
         self.attention = SelfAttention(config.dim, config.n_heads, config.head_dim)
         self.ff_norm = AddNorm(config)
         self.ff = FeedForward(config)
-        self.out_norm = AddNorm(config)
+        self.out_norm = AddNorm(config, last)
 
     def forward(self, hidden: Tensor, normed: JaggedTensor, bias: Tensor, causal: bool) -> tuple[Tensor, JaggedTensor]:
         """hidden, normed [T, dim], bias [H, 2R+1] -> hidden, normed."""
@@ -99,8 +121,7 @@ class Encoder(nn.Module):
         self.causal = causal
         self.bias = RelativePositionBias(config.n_heads, bidirectional=not causal)
         self.input_norm = AddNorm(config)
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(n_layers))
-        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(config, last=n == n_layers - 1) for n in range(n_layers))
 
     def forward(self, x: JaggedTensor) -> JaggedTensor:
         """x [T, dim] -> [T, dim], normalized."""
@@ -109,20 +130,20 @@ class Encoder(nn.Module):
         normed = x.with_values(values)
         for block in self.blocks:
             hidden, normed = block(hidden, normed, bias, self.causal)
-        return normed.with_values(self.dropout(normed.values))
+        return normed
 
 
 class DecoderBlock(nn.Module):
     """Causal self-attention, attention to the encoder's memory, then feed-forward."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, last: bool) -> None:
         super().__init__()
         self.attention = SelfAttention(config.dim, config.n_heads, config.head_dim)
         self.cross_norm = AddNorm(config)
         self.cross_attention = CrossAttention(config.dim, config.n_heads, config.head_dim)
         self.ff_norm = AddNorm(config)
         self.ff = FeedForward(config)
-        self.out_norm = AddNorm(config)
+        self.out_norm = AddNorm(config, last)
 
     def forward(
         self,
@@ -132,12 +153,12 @@ class DecoderBlock(nn.Module):
         memory: JaggedTensor,
         key_limits: Tensor,
         bias: Tensor,
-        past: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, JaggedTensor, Tensor]:
         """The last M positions of S sequences; see `Decoder.forward`.
 
         hidden, normed [S * M, dim], rows of sequences; users: the same positions as rows of users; bias [H, 2R+1], of
-        the memory's tokens. -> hidden, normed, and the keys and values that a later position needs.
+        the memory's tokens. -> hidden, normed, and the positions' keys and values [S * M, 2, H, D].
         """
         attended, seen = self.attention(normed, causal=normed.max_length > 1, past=past)
         hidden, values = self.cross_norm(hidden, attended)
@@ -159,26 +180,25 @@ class Decoder(nn.Module):
         super().__init__()
         self.bias = RelativePositionBias(config.n_heads, bidirectional=False)
         self.input_norm = AddNorm(config)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(n_layers))
-        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(config, last=n == n_layers - 1) for n in range(n_layers))
 
     def memory(self, encoded: JaggedTensor) -> list[JaggedTensor]:
         """Each layer's keys and values [T, 2, H, D] of the encoded history [T, dim], computed once per user."""
         return [block.cross_attention.memory(encoded) for block in self.blocks]
 
     def forward(
-        self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, past: list[Tensor] | None = None
+        self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, past: Past | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The last M positions of S sequences, where some sequences belong to each user.
 
-        x: [S, M, dim]. past: each layer's keys and values [S, P, 2, H, D] of the P positions before, where M = 1.
-        Returns the normalized stream [S, M, dim] and each layer's keys and values [S, P + M, 2, H, D].
+        x: [S, M, dim]. past: of the positions before, where M = 1.
+        Returns the normalized stream [S, M, dim] and each layer's keys and values [S * M, 2, H, D] of its positions.
         """
         normed, users, bias = JaggedTensor.uniform(x), view.rows(x), self.bias()
         hidden, values = self.input_norm(None, normed.values)
-        normed, cache = normed.with_values(values), []
+        normed, tokens = normed.with_values(values), []
         for i, block in enumerate(self.blocks):
-            layer = (memory[i], view.key_limits, bias, past[i] if past is not None else None)
+            layer = (memory[i], view.key_limits, bias, (past.layers[i], past.rows) if past is not None else None)
             hidden, normed, seen = block(hidden, normed, users, *layer)
-            cache.append(seen if past is not None else seen.unflatten(0, x.shape[:2]))
-        return self.dropout(normed.values).view(x.shape), cache
+            tokens.append(seen)
+        return normed.values.view(x.shape), tokens

@@ -192,8 +192,8 @@ def attention_backward(
         query, key, value, table, *ranges, out, lse, grad_out, delta, grads[0], parts,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grads[0].stride(0),
         heads, total, len(key), bias_stride, radius, reach, scale, width,
-        **constants, BIAS_GRAD=bias_grad, RIGHT=not causal, FAR=_farthest(longest, block) > reach,
-        WIDTH=triton.next_power_of_2(2 * radius + 1),
+        **constants, BIAS_GRAD=bias_grad, RIGHT=not causal,
+        FAR=_farthest(longest, block) > reach if constants["TILED"] else longest > radius + 1,
     )  # fmt: skip
     q_ranges = _query_ranges(len(key), query_offsets, key_offsets, max_key, causal)
     if block == 16 and query.dtype != torch.float32 and query.shape[2] <= 64:
@@ -213,9 +213,8 @@ def _bias_gradient(sums: Tensor, bias: Tensor, constants: dict, radius: int, rea
     """From the sums of all programs [H, width] -> [H, 2R+1] float32."""
     if not constants["TILED"]:
         return sums
-    grad_bias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
-    width = triton.next_power_of_2(2 * radius + 1)
-    sum_diagonals_kernel[(len(bias),)](sums, grad_bias, sums.shape[1], radius, reach, constants["BLOCK_M"], width)
+    grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+    sum_diagonals_kernel[(len(bias),)](sums, grad_bias, sums.shape[1], radius, reach, constants["BLOCK_M"])
     return grad_bias
 
 

@@ -161,54 +161,51 @@ def forward_kernel(
 
 @triton.jit
 def _add_by_distance(
-    total, ds, n_start, first, last, place, radius,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Adds ds [BLOCK_M, BLOCK_N] to total [WIDTH], a sum for each distance clamp(n - place, -radius, radius) + radius.
+    sums, ds, n_start, first, last, place, radius, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr
+):
+    """sums[clamp(n - place, -radius, radius) + radius] += ds, [BLOCK_M, BLOCK_N], in memory that is the program's own.
 
-    A window of distances is as wide as the block: each row of ds, moved by its place, is a row of the window. Outside
-    the keys first to last - 1 that a query sees, ds is 0.
+    Windows of distances are twice as wide as the block; each row of ds, moved by its place, is a row of the window.
+    They start at multiples of their width, so that the same thread adds to a sum each time. Outside the keys first to
+    last - 1 that a query sees, ds is 0. FAR: some distances are beyond the radius.
     """
     SPAN: tl.constexpr = 2 * BLOCK_N
     slot = tl.arange(0, SPAN)
-    x = tl.arange(0, WIDTH) - radius  # the distance of each sum
     first, last = tl.maximum(first, n_start), tl.minimum(last, n_start + BLOCK_N)
     visible = first < last
     lowest = tl.min(tl.where(visible, first - place, BEYOND))
     highest = tl.max(tl.where(visible, last - 1 - place, -BEYOND))
-    for start in range(lowest, highest + 1, SPAN):
+    for start in range(lowest & -SPAN, highest + 1, SPAN):
         column = start + slot[None, :] + place[:, None] - n_start  # [BLOCK_M, SPAN]
         inside = (column >= 0) & (column < BLOCK_N) & visible[:, None]
         moved = tl.gather(ds, tl.minimum(tl.maximum(column, 0), BLOCK_N - 1), 1)
-        sums = tl.sum(tl.where(inside, moved, 0.0), 0)  # [SPAN], of the distances start + slot
-        offset = x - start
-        inner = (offset >= 0) & (offset < SPAN) & (x > -radius) & (x < radius)
-        total += tl.where(inner, tl.gather(sums, tl.minimum(tl.maximum(offset, 0), SPAN - 1), 0), 0.0)
-        below, above = start + slot <= -radius, (start + slot >= radius) & (radius > 0)
-        total += tl.where(x == -radius, tl.sum(tl.where(below | (radius == 0), sums, 0.0)), 0.0)
-        total += tl.where(x == radius, tl.sum(tl.where(above, sums, 0.0)), 0.0)
-    return total
+        total = tl.sum(tl.where(inside, moved, 0.0), 0)  # [SPAN], of the distances start + slot
+        distance = start + slot
+        if FAR:
+            below = (distance <= -radius) | (radius == 0)
+            tl.atomic_add(sums, tl.sum(tl.where(below, total, 0.0)), sem="relaxed")
+            above = (distance >= radius) & (radius > 0)
+            tl.atomic_add(sums + 2 * radius, tl.sum(tl.where(above, total, 0.0)), sem="relaxed")
+            inner = (distance > -radius) & (distance < radius)
+        else:
+            inner = (distance >= -radius) & (distance <= radius)
+        tl.atomic_add(sums + radius + distance, total, mask=inner, sem="relaxed")
 
 
 @triton.jit
-def _store_bias_sums(
-    grad_bias, by_distance, on_diagonal, left, right, before, after, radius, reach,
-    TILED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+def _store_pairs(
+    part, on_diagonal, left, right, before, after, reach, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
     """A program's part of the bias gradient, beyond what it added on its way."""
-    if TILED:
-        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-        middle = grad_bias + reach * SIZE + _pair(BLOCK_M, BLOCK_N)
-        tl.store(middle, on_diagonal)
-        if reach > 0:
-            tl.store(middle - SIZE, left)
-            tl.store(middle + SIZE, right)
-        far = grad_bias + (2 * reach + 1) * BLOCK_M * BLOCK_N + tl.arange(0, BLOCK_M)
-        tl.store(far, before)
-        tl.store(far + BLOCK_M, after)
-    else:
-        x = tl.arange(0, WIDTH)
-        tl.store(grad_bias + x, by_distance, mask=x < 2 * radius + 1)
+    SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+    middle = part + reach * SIZE + _pair(BLOCK_M, BLOCK_N)
+    tl.store(middle, on_diagonal)
+    if reach > 0:
+        tl.store(middle - SIZE, left)
+        tl.store(middle + SIZE, right)
+    far = part + (2 * reach + 1) * SIZE + tl.arange(0, BLOCK_M)
+    tl.store(far, before)
+    tl.store(far + BLOCK_M, after)
 
 
 @triton.jit
@@ -218,11 +215,12 @@ def backward_query_kernel(
     n_heads, n_queries, n_keys, bias_stride, radius, reach, scale, part_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, RIGHT: tl.constexpr, FAR: tl.constexpr, WIDTH: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, RIGHT: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """delta, dq, and this program's part of dbias. A program takes every so-many-th block of queries at one head.
 
-    RIGHT: there are visible keys to the right of the diagonal. FAR: there are some farther than `reach` blocks.
+    RIGHT: there are visible keys to the right of the diagonal. FAR: there are some farther than `reach` blocks, or
+    beyond the radius where the bias is not tiled.
     """
     head = tl.program_id(0) % n_heads
     query, key, value, out = query + head * D, key + head * D, value + head * D, out + head * D
@@ -232,7 +230,6 @@ def backward_query_kernel(
     if HAS_BIAS:
         bias += head * bias_stride
     d = tl.arange(0, BLOCK_D)
-    by_distance = tl.zeros([WIDTH], tl.float32)
     # Sums over the blocks on the diagonal and beside it, pair by pair.
     on_diagonal = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     left, right = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -279,15 +276,10 @@ def backward_query_kernel(
                         pairs = grad_bias + (step + reach) * BLOCK_M * BLOCK_N + _pair(BLOCK_M, BLOCK_N)
                         tl.atomic_add(pairs, ds, sem="relaxed")
                 else:
-                    by_distance = _add_by_distance(
-                        by_distance, ds, n_start, first, last, at, radius, BLOCK_M, BLOCK_N, WIDTH
-                    )
+                    _add_by_distance(grad_bias, ds, n_start, first, last, at, radius, BLOCK_M, BLOCK_N, FAR)
         _store(grad_query, dq * scale, m_start, n_queries, grad_query_stride, d, D, BLOCK_M, BLOCK_D)
-    if BIAS_GRAD:
-        _store_bias_sums(
-            grad_bias, by_distance, on_diagonal, left, right, before, after, radius, reach,
-            TILED, BLOCK_M, BLOCK_N, WIDTH,
-        )  # fmt: skip
+    if BIAS_GRAD and TILED:
+        _store_pairs(grad_bias, on_diagonal, left, right, before, after, reach, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -344,17 +336,15 @@ def bias_table_kernel(bias, table, radius, reach, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums by block and pair, then those before and after reach, -> by distance [H, 2R+1]. A program a head."""
+def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.constexpr):
+    """Adds sums by block and pair, and those before and after reach, to sums by distance [H, 2R+1] of a head."""
     sums += tl.program_id(0) * stride
+    grad_bias += tl.program_id(0) * (2 * radius + 1)
     m = tl.arange(0, BLOCK)
-    total = tl.zeros([WIDTH], tl.float32)
     for step in range(2 * reach + 1):
         ds = tl.load(sums + step * BLOCK * BLOCK + _pair(BLOCK, BLOCK))
         start = (step - reach) * BLOCK
-        total = _add_by_distance(total, ds, start, m * 0 + start, m * 0 + start + BLOCK, m, radius, BLOCK, BLOCK, WIDTH)
+        _add_by_distance(grad_bias, ds, start, m * 0 + start, m * 0 + start + BLOCK, m, radius, BLOCK, BLOCK, True)
     far = sums + (2 * reach + 1) * BLOCK * BLOCK + m
-    x = tl.arange(0, WIDTH)
-    total += tl.where(x == 0, tl.sum(tl.load(far)), 0.0)
-    total += tl.where(x == 2 * radius, tl.sum(tl.load(far + BLOCK)), 0.0)
-    tl.store(grad_bias + tl.program_id(0) * (2 * radius + 1) + x, total, mask=x < 2 * radius + 1)
+    tl.atomic_add(grad_bias, tl.sum(tl.load(far)), sem="relaxed")
+    tl.atomic_add(grad_bias + 2 * radius, tl.sum(tl.load(far + BLOCK)), sem="relaxed")

@@ -2,7 +2,7 @@
 
     hidden = x + dropout(branch),   normed = weight * hidden / sqrt(mean(hidden^2) + eps)
 
-(Zhang and Sennrich 2019, eq. 4.)
+(Zhang and Sennrich 2019, eq. 4.) At the end of a stack normed is dropped out as well.
 Forward reads x and branch and writes hidden and normed; backward reads both gradients and hidden and writes the
 gradients of x and branch. Each is bound by those bytes. Masks are not stored: both directions draw them from a seed.
 """
@@ -35,7 +35,7 @@ def _kept(seed, rows, columns, threshold):
 @triton.jit
 def _forward(
     x, branch, weight, seed, hidden, normed, n_rows, width, threshold, kept_scale, eps,
-    HAS_X: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_X: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -51,14 +51,18 @@ def _forward(
     total = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, 1) / width + eps)
     gain = tl.load(weight + columns, mask=columns < width, other=0.0).to(tl.float32)
-    tl.store(normed + place, (total * scale[:, None] * gain).to(normed.dtype.element_ty), mask=inside)
+    total = total * scale[:, None] * gain
+    if DROPOUT and LAST:
+        total = tl.where(_kept(seed + 1, rows, columns, threshold), total * kept_scale, 0.0)
+    tl.store(normed + place, total.to(normed.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _backward(
     hidden, weight, seed, grad_hidden, grad_normed, grad_x, grad_branch, parts,
     n_rows, width, threshold, kept_scale, eps,
-    HAS_X: tl.constexpr, HAS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_X: tl.constexpr, HAS_GRAD: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With y = hidden * s, s = 1 / sqrt(mean(hidden^2) + eps), g = grad_normed * weight:
     dhidden = grad_hidden + s (g - y mean(g y)), dweight = sum over rows of grad_normed * y."""
@@ -71,6 +75,8 @@ def _backward(
         place = rows * width + columns
         h = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
         dn = tl.load(grad_normed + place, mask=inside, other=0.0).to(tl.float32)
+        if DROPOUT and LAST:
+            dn = tl.where(_kept(seed + 1, rows, columns, threshold), dn * kept_scale, 0.0)
         scale = tl.rsqrt(tl.sum(h * h, 1) / width + eps)[:, None]
         y = h * scale
         grad_gain += dn * y
@@ -103,11 +109,18 @@ def _like(tensor: Tensor) -> Tensor:
 
 @torch.library.custom_op("retrieval::add_norm", mutates_args=())
 def add_norm(
-    x: Tensor | None, branch: Tensor, weight: Tensor, seed: Tensor | None, p: float, eps: float, dtype: torch.dtype
+    x: Tensor | None,
+    branch: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    p: float,
+    last: bool,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """hidden, in the dtype of x (of branch without x), and normed in `dtype`; both [..., D]; see `ops.residual`.
 
-    seed: [1] int64, None for no dropout.
+    seed: [2] int64, None for no dropout.
     """
     branch = branch.contiguous()
     x = x.contiguous() if x is not None else None
@@ -118,13 +131,13 @@ def add_norm(
         tiles = _tiles(width)
         arguments = (x, branch, weight, seed, hidden, normed, n_rows, width, *_dropout(p), eps)
         _forward[(triton.cdiv(n_rows, tiles["ROWS"]),)](
-            *arguments, HAS_X=x is not None, DROPOUT=seed is not None, **tiles
+            *arguments, HAS_X=x is not None, DROPOUT=seed is not None, LAST=last, **tiles
         )
     return hidden, normed
 
 
 @add_norm.register_fake
-def _(x, branch, weight, seed, p, eps, dtype):
+def _(x, branch, weight, seed, p, last, eps, dtype):
     return (branch if x is None else x).new_empty(branch.shape), branch.new_empty(branch.shape, dtype=dtype)
 
 
@@ -136,6 +149,7 @@ def add_norm_backward(
     grad_hidden: Tensor | None,
     grad_normed: Tensor,
     p: float,
+    last: bool,
     eps: float,
     branch_dtype: torch.dtype,
     has_x: bool,
@@ -153,19 +167,19 @@ def add_norm_backward(
         _backward[(programs,)](
             hidden, weight, seed, grad_hidden, grad_normed.contiguous(), grad_x, grad_branch, parts,
             n_rows, width, *_dropout(p), eps,
-            HAS_X=has_x, HAS_GRAD=grad_hidden is not None, DROPOUT=seed is not None, **tiles,
+            HAS_X=has_x, HAS_GRAD=grad_hidden is not None, DROPOUT=seed is not None, LAST=last, **tiles,
         )  # fmt: skip
     return grad_x, grad_branch, parts.sum(0).to(weight.dtype)
 
 
 @add_norm_backward.register_fake
-def _(hidden, weight, seed, grad_hidden, grad_normed, p, eps, branch_dtype, has_x):
+def _(hidden, weight, seed, grad_hidden, grad_normed, p, last, eps, branch_dtype, has_x):
     grad_x = hidden.new_empty(hidden.shape if has_x else 0)
     return grad_x, hidden.new_empty(hidden.shape, dtype=branch_dtype), weight.new_empty(weight.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, branch, weight, seed, ctx.p, ctx.eps, _ = inputs
+    x, branch, weight, seed, ctx.p, ctx.last, ctx.eps, _ = inputs
     ctx.branch_dtype, ctx.has_x = branch.dtype, x is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], weight, seed)
@@ -175,9 +189,9 @@ def _gradients(ctx, grad_hidden: Tensor | None, grad_normed: Tensor | None):
     hidden, weight, seed = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = torch.zeros_like(hidden)
-    options = (ctx.p, ctx.eps, ctx.branch_dtype, ctx.has_x)
+    options = (ctx.p, ctx.last, ctx.eps, ctx.branch_dtype, ctx.has_x)
     grad_x, *others = add_norm_backward(hidden, weight, seed, grad_hidden, grad_normed, *options)
-    return grad_x if ctx.has_x else None, *others, None, None, None, None
+    return grad_x if ctx.has_x else None, *others, *(None,) * 5
 
 
 add_norm.register_autograd(_gradients, setup_context=_save)

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from data.schemas import Interactions, SeqBatch
 from data.splits import every_prefix, leave_one_out, windows
-from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, is_consumed, tokenize
+from data.utils import (
+    CONSUMED_GRAIN,
+    SequenceSource,
+    Shuffler,
+    derive_seed,
+    filled_size,
+    filler_rows,
+    is_consumed,
+    tokenize,
+)
 from ops.jagged import JaggedTensor
 
 CPU = torch.device("cpu")
@@ -219,3 +228,27 @@ def test_fillers_may_be_longer_than_the_data():
     source = SequenceSource(interactions, windows(interactions.offsets.diff(), 20), 20, torch.device("cpu"), True)
     batch = source.device_batch(torch.tensor([0]), None, 20, fillers=1)
     assert len(batch.history.values) == 20 and int(batch.target_weights.sum()) == 5
+
+
+@settings(deadline=None, max_examples=25)
+@given(users_strategy, st.integers(1, 8), st.integers(1, 6), st.booleans())
+def test_filled_batches_hold_each_sample_once_and_have_few_shapes(rows, max_items, batch_size, exclude_history):
+    interactions = to_interactions(rows)
+    samples = leave_one_out(interactions).test
+    if len(samples) == 0:
+        return
+    source = SequenceSource(interactions, samples, max_items, CPU, exclude_history=exclude_history)
+    plain, filled = ([*source.in_order(batch_size, filled=filled)] for filled in (False, True))
+    width = min(batch_size, len(source))
+    for mine, theirs in zip(filled, plain, strict=True):
+        n, fillers = len(theirs.user), filler_rows(width)
+        assert len(mine.user) == width + fillers and len(mine.history.values) % (fillers * max_items) == 0
+        assert mine.target_weights.tolist() == [1.0] * n + [0.0] * (len(mine.user) - n)
+        assert torch.equal(mine.user[:n], theirs.user)
+        assert torch.equal(mine.targets.values[:n], theirs.targets.values)
+        assert to_rows(mine.history)[:n] == to_rows(theirs.history)
+        assert (mine.consumed is None) == (theirs.consumed is None) == (not exclude_history)
+        if exclude_history:
+            assert to_rows(mine.consumed)[:n] == to_rows(theirs.consumed)
+            assert mine.consumed.batch_size == len(mine.user)
+            assert len(mine.consumed.values) % (width * CONSUMED_GRAIN) == 0

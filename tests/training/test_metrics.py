@@ -49,6 +49,7 @@ def by_definition(items: list[list[int]], targets: list[int], k: int) -> tuple[f
 def test_recall_and_ndcg_are_those_of_their_definitions_in_any_batches(rankings, ks, data):
     items, targets = unpack(rankings)
     metrics = RankingMetrics(tuple(ks))
+    metrics.update(torch.tensor(items), torch.tensor(targets), torch.zeros(len(targets), dtype=torch.bool))  # no one
     cuts = sorted(data.draw(st.sets(st.integers(1, len(targets)), max_size=3)) | {0, len(targets)})
     for start, end in zip(cuts, cuts[1:], strict=False):
         metrics.update(torch.tensor(items[start:end]), torch.tensor(targets[start:end]))

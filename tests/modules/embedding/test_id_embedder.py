@@ -2,7 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.embedding.id_embedder import SemIdEmbedder, UserEmbedder, hash_prefixes
+from modules.embedding.id_embedder import SemIdEmbedder, UserEmbedder
+from ops.reference import hash_prefixes
 
 SIZES = (5, 4, 9, 2)
 codes_strategy = st.lists(st.tuples(*(st.integers(0, size - 1) for size in SIZES)), min_size=1, max_size=9)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from data.schemas import TokenizedSeqBatch
 from modules.generation.beam_search import beam_search
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
@@ -137,3 +138,27 @@ def test_users_without_a_history_are_served():
     ranked = search(model, codes, trie, histories, 15)
     expected = log_probs_one_by_one(model, codes, trie, histories)
     torch.testing.assert_close(ranked.log_probs, expected.gather(1, ranked.items), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("catalogue", CATALOGUES)
+def test_on_a_gpu_the_search_is_the_full_ranking(catalogue):
+    """The same with the kernels; half of the items are consumed by the second user."""
+    codes, trie, model, histories = setup(catalogue)
+    expected = log_probs_one_by_one(model, codes, trie, histories)
+    consumed = list(range(0, len(codes), 2))
+    expected[1, consumed] = -torch.inf
+    batch = make_batch(codes, histories, [[0]] * 4)
+    rows = [torch.tensor(row, dtype=torch.int64) for row in ([], consumed, [], [])]
+    batch = TokenizedSeqBatch(
+        batch.user.cuda(), batch.tokens.to("cuda"), batch.targets.to("cuda"), JaggedTensor.from_rows(rows).to("cuda")
+    )
+    ranked = beam_search(model.cuda(), batch, trie.to("cuda"), len(codes))
+    items, log_probs = ranked.items.cpu(), ranked.log_probs.cpu()
+    best = expected.sort(descending=True).values
+    torch.testing.assert_close(log_probs, best, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        expected.gather(1, items.clamp_min(0))[items >= 0], best[items >= 0], rtol=1e-4, atol=1e-4
+    )
+    assert torch.equal(items < 0, best == -torch.inf)

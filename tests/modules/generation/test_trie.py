@@ -31,13 +31,11 @@ def test_nodes_and_children_are_the_prefixes(codes, random):
         children = {parent: [child for child in below if child[:depth] == parent] for parent in parents}
         assert trie.fanout[depth] == max(map(len, children.values()))
         assert trie.code[depth].tolist() == [child[-1] for child in below]
-        nodes, found, exists = trie.children(depth, torch.arange(len(parents)))
-        for number, parent in enumerate(parents):
-            seen = exists[number]
-            assert [below[node] for node in nodes[number][seen].tolist()] == children[parent]
-            assert found[number][seen].tolist() == [child[-1] for child in children[parent]]
-            assert set(nodes[number][~seen].tolist()) <= {below.index(children[parent][0])}
-            assert set(found[number][~seen].tolist()) <= {children[parent][0][-1]}
+        nodes = trie.child(depth, torch.arange(len(parents))[:, None], torch.arange(trie.fanout[depth]))
+        assert nodes.dtype == torch.int32
+        for parent, row in zip(parents, nodes.tolist(), strict=True):
+            found, absent = children[parent], trie.fanout[depth] - len(children[parent])
+            assert [below[node] for node in row] == found + found[-1:] * absent
     paths = [[prefixes(rows, depth).index(row[:depth]) for depth in range(trie.n_levels + 1)] for row in rows]
     assert trie.item_nodes.tolist() == paths
 
@@ -53,7 +51,7 @@ def test_log_probs_are_a_distribution_over_the_items(codes, seed):
     for depth in range(trie.n_levels):
         n_nodes = len(prefixes(rows, depth))
         logits = 4 * torch.randn(n_nodes, 5, generator=generator)
-        log_probs, nodes, found = trie.log_probs(logits, depth, torch.arange(n_nodes))
+        log_probs = trie.log_probs(logits, depth, torch.arange(n_nodes))
         assert log_probs.dtype == torch.float32
         torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(n_nodes))
         for item, row in enumerate(rows):
@@ -61,19 +59,20 @@ def test_log_probs_are_a_distribution_over_the_items(codes, seed):
             siblings = sorted({other[depth] for other in rows if other[:depth] == row[:depth]})
             expected = logits[node][siblings].double().log_softmax(0)[siblings.index(row[depth])]
             total[item] += expected
-            place = nodes[node].tolist().index(int(trie.item_nodes[item, depth + 1]))
-            assert float(log_probs[node, place]) == pytest.approx(float(expected), abs=1e-5)
-            assert int(found[node, place]) == row[depth]
+            assert float(log_probs[node, siblings.index(row[depth])]) == pytest.approx(float(expected), abs=1e-5)
             assert int(log_probs[node].isfinite().sum()) == len(siblings)
+            loss = trie.cross_entropy(
+                logits[[node]], depth, torch.tensor([node]), trie.item_nodes[item, depth + 1, None]
+            )
+            assert loss.dtype == torch.float32 and float(loss) == pytest.approx(-float(expected), abs=1e-5)
     assert float(total.exp().sum()) == pytest.approx(1, abs=1e-9)
 
 
 def test_leading_dimensions_of_nodes_stay():
     trie = Trie.build(torch.tensor([[0, 1], [2, 0], [2, 3]]))
     nodes = torch.tensor([[0, 1], [1, 1], [0, 0]])
-    log_probs, child, code = trie.log_probs(torch.zeros(3, 2, 4, dtype=torch.bfloat16), 1, nodes)
-    assert child.tolist() == [[[0, 0], [1, 2]], [[1, 2], [1, 2]], [[0, 0], [0, 0]]]
-    assert code.tolist() == [[[1, 1], [0, 3]], [[0, 3], [0, 3]], [[1, 1], [1, 1]]]
+    log_probs = trie.log_probs(torch.zeros(3, 2, 4, dtype=torch.bfloat16), 1, nodes)
+    assert trie.child(1, nodes, nodes).tolist() == [[0, 2], [2, 2], [0, 0]]
     ends = [0, float("-inf")], pytest.approx([-0.693147] * 2)
     assert log_probs.tolist() == [list(ends), [ends[1]] * 2, [ends[0]] * 2]
 
@@ -81,7 +80,7 @@ def test_leading_dimensions_of_nodes_stay():
 def test_codes_that_continue_no_item_get_no_gradient():
     trie = Trie.build(torch.tensor([[0, 1], [2, 0], [2, 3]]))
     logits = torch.randn(1, 4, requires_grad=True)
-    trie.log_probs(logits, 1, torch.tensor([1]))[0][0, 0].backward()
+    trie.log_probs(logits, 1, torch.tensor([1]))[0, 0].backward()
     assert logits.grad[0, 1] == logits.grad[0, 2] == 0 and bool(logits.grad[0, [0, 3]].all())
 
 
@@ -89,8 +88,8 @@ def test_one_item_is_certain():
     trie = Trie.build(torch.tensor([[3, 0, 2]]))
     assert trie.fanout == [1, 1, 1] and trie.leaf_items.tolist() == [0]
     for depth in range(3):
-        log_probs, _, code = trie.log_probs(torch.randn(1, 4), depth, torch.tensor([0]))
-        assert log_probs.tolist() == [[0]] and code.tolist() == [[[3, 0, 2][depth]]]
+        assert trie.log_probs(torch.randn(1, 4), depth, torch.tensor([0])).tolist() == [[0]]
+        assert trie.child(depth, torch.tensor([0]), torch.tensor([0])).tolist() == [0]
 
 
 def test_items_with_equal_codes_are_refused():

@@ -4,7 +4,7 @@ import torch
 from transformers import T5Config, T5Model
 
 from modules.transformer.attention import SelfAttention
-from modules.transformer.model import Decoder, Encoder, MemoryView, TransformerConfig
+from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
 from ops.jagged import JaggedTensor
 
 CONFIG = TransformerConfig(dim=12, ff_dim=20, n_heads=3, head_dim=5, dropout=0.1)
@@ -111,13 +111,32 @@ def test_decoding_step_by_step_is_decoding_at_once():
     x, offsets = torch.randn(5, 4, CONFIG.dim, dtype=torch.float64), torch.tensor([0, 2, 2, 5])
     limits = torch.randint(1, 7, (5, 4))
     whole, seen = decoder(x, memory, MemoryView(offsets, 3, limits.flatten()))
-    cache = None
+    past = None
     for step in range(4):
         view = MemoryView(offsets, 3, limits[:, step].contiguous())
-        out, cache = decoder(x[:, step : step + 1], memory, view, cache)
+        out, tokens = decoder(x[:, step : step + 1], memory, view, past)
         torch.testing.assert_close(out[:, 0], whole[:, step], rtol=1e-10, atol=1e-10)
-    for stepped, at_once in zip(cache, seen, strict=True):
-        torch.testing.assert_close(stepped, at_once)
+        for stepped, at_once in zip(tokens, seen, strict=True):
+            torch.testing.assert_close(stepped, at_once.unflatten(0, (5, 4))[:, step])
+        past = Past.extend(past, tokens, torch.arange(5))
+
+
+def test_sequences_may_continue_any_others():
+    """Two steps of three sequences, then four that continue some of them, against each decoded alone."""
+    encoder, decoder = make(causal=True)
+    memory = decoder.memory(encoder(random_rows([6])))
+    first, second, third = (torch.randn(n, 1, CONFIG.dim, dtype=torch.float64) for n in (3, 3, 4))
+    parents, grandparents = torch.tensor([2, 0, 2, 1]), torch.tensor([1, 1, 0])
+    past, outs = None, []
+    for x, chosen in ((first, grandparents), (second, parents), (third, torch.arange(4))):
+        view = MemoryView(torch.tensor([0, len(x)]), len(x), torch.full((len(x),), 6))
+        out, tokens = decoder(x, memory, view, past)
+        past = Past.extend(past, tokens, chosen)
+        outs.append(out)
+    for sequence, parent in enumerate(parents.tolist()):
+        steps = first[grandparents[parent]], second[parent], third[sequence]
+        alone, _ = decoder(torch.cat(steps)[None], memory, MemoryView(torch.tensor([0, 1]), 1, torch.full((3,), 6)))
+        torch.testing.assert_close(outs[2][sequence, 0], alone[0, 2], rtol=1e-10, atol=1e-10)
 
 
 def test_each_sequence_looks_at_what_it_may_see_of_its_user_and_from_there():

@@ -66,8 +66,8 @@ def test_sums_normalizations_and_dropout():
     width = 512
     x, branch = noise(LARGE // width + 1, width), noise(LARGE // width + 1, width)
     weight, seed = torch.rand(width, device="cuda"), torch.tensor([77], device="cuda")
-    hidden, normed = residual.add_norm(x, branch, weight, None, 0.0, 1e-6, torch.bfloat16)
-    expected = reference.add_norm(x[-3:].float(), branch[-3:].float(), weight, 0.0, 1e-6)
+    hidden, normed = residual.add_norm(x, branch, weight, None, 0.0, False, 1e-6, torch.bfloat16)
+    expected = reference.add_norm(x[-3:].float(), branch[-3:].float(), weight, 0.0, False, 1e-6)
     for actual, wide in zip((hidden, normed), expected, strict=True):
         torch.testing.assert_close(actual[-3:].float(), wide, rtol=0, atol=5e-2)
     out = residual.relu_dropout(x, seed, 0.5)

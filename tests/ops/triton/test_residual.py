@@ -11,15 +11,22 @@ kernels = pytest.importorskip("ops.triton.residual")
 SEED = 6_148_914_691_236_517_205
 
 
+OTHER = 77
+
+
 def seed() -> torch.Tensor:
-    return torch.tensor([SEED], device=DEVICE)
+    return torch.tensor([SEED, OTHER], device=DEVICE)
 
 
-def twin(x, branch, weight, p, eps):
-    keep = reference.kept(SEED, branch.numel() // branch.shape[-1], branch.shape[-1], p, DEVICE).view(branch.shape)
-    hidden = branch * keep / (1 - p) if p else branch
+def dropped(x, seed, p):
+    return x * reference.kept(seed, x.numel() // x.shape[-1], x.shape[-1], p, DEVICE).view(x.shape) / (1 - p)
+
+
+def twin(x, branch, weight, p, last, eps):
+    hidden = dropped(branch, SEED, p) if p else branch
     hidden = hidden if x is None else x + hidden
-    return hidden, F.rms_norm(hidden, weight.shape, weight, eps)
+    normed = F.rms_norm(hidden, weight.shape, weight, eps)
+    return hidden, dropped(normed, OTHER, p) if last and p else normed
 
 
 def close(narrow: torch.Tensor, wide: torch.Tensor, dtype: torch.dtype) -> None:
@@ -31,7 +38,8 @@ def close(narrow: torch.Tensor, wide: torch.Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("has_x", [True, False])
 @pytest.mark.parametrize("shape", [(1, 16), (37, 24), (3, 5, 96), (0, 32), (1500, 384)])
 def test_output_and_gradients(shape, has_x, p):
-    check(shape, has_x, p, torch.float32, torch.float32)
+    for last in (False, True):
+        check(shape, has_x, p, torch.float32, torch.float32, last)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,7 +48,7 @@ def test_dtypes(residual, dtype):
     check((50, 40), True, 0.2, residual, dtype)
 
 
-def check(shape, has_x, p, residual, dtype) -> None:
+def check(shape, has_x, p, residual, dtype, last=False) -> None:
     wide = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
     wide = [t.to(kind).double().requires_grad_() for t, kind in zip(wide, (residual, dtype), strict=True)]
     weight = torch.rand(shape[-1], dtype=torch.float64, device=DEVICE).float().double().requires_grad_()
@@ -50,9 +58,9 @@ def check(shape, has_x, p, residual, dtype) -> None:
     for x, branch, w, function in ((*wide, weight, None), (*narrow, gain, kernels.add_norm)):
         x = x if has_x else None
         if function is None:
-            hidden, normed = twin(x, branch, w, p, 1e-6)
+            hidden, normed = twin(x, branch, w, p, last, 1e-6)
         else:
-            hidden, normed = function(x, branch, w, seed() if p else None, p, 1e-6, dtype)
+            hidden, normed = function(x, branch, w, seed() if p else None, p, last, 1e-6, dtype)
             assert hidden.dtype == (residual if has_x else dtype) and normed.dtype == dtype
         torch.manual_seed(0)
         weights = [torch.randn(shape, dtype=torch.float64, device=DEVICE) for _ in range(2)]
@@ -67,8 +75,8 @@ def check(shape, has_x, p, residual, dtype) -> None:
 def test_either_output_may_go_unused(used):
     tensors = [torch.randn(6, 16, device=DEVICE, requires_grad=True) for _ in range(2)]
     weight = torch.rand(16, device=DEVICE, requires_grad=True)
-    theirs = torch.autograd.grad(twin(*tensors, weight, 0.0, 1e-6)[used].sum(), tensors)
-    out = kernels.add_norm(*tensors, weight, None, 0.0, 1e-6, torch.float32)
+    theirs = torch.autograd.grad(twin(*tensors, weight, 0.0, False, 1e-6)[used].sum(), tensors)
+    out = kernels.add_norm(*tensors, weight, None, 0.0, False, 1e-6, torch.float32)
     mine = torch.autograd.grad(out[used].sum(), tensors)
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -100,5 +108,5 @@ def test_masks_drop_the_share_they_should_and_differ_by_seed_row_and_column():
 def test_the_operators_are_registered_completely():
     x, branch = torch.randn(5, 16, device=DEVICE), torch.randn(5, 16, device=DEVICE, requires_grad=True)
     weight = torch.rand(16, device=DEVICE)
-    torch.library.opcheck(kernels.add_norm, (x, branch, weight, seed(), 0.2, 1e-6, torch.float32))
+    torch.library.opcheck(kernels.add_norm, (x, branch, weight, seed(), 0.2, True, 1e-6, torch.float32))
     torch.library.opcheck(kernels.relu_dropout, (branch, seed(), 0.2))

@@ -75,6 +75,8 @@ def test_views_that_are_not_contiguous():
 def test_registered_for_compile():
     offsets = make_offsets([3, 0, 2])
     values = torch.randn(5, 4, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(rows.copy_rows, (values, offsets.diff(), offsets[:-1], 0, None, 4, 4, 12, 0.0))
+    padded = torch.randn(3, 4, 2, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(rows.jagged_to_padded, (values, offsets, 4, 1.0))
+    torch.library.opcheck(rows.padded_to_jagged, (padded, offsets, 5))
     others = torch.randn(5, 4, device=DEVICE, requires_grad=True)
     torch.library.opcheck(rows.concat_rows, (values, others, offsets, offsets, 3, 3))

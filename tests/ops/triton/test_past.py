@@ -1,0 +1,48 @@
+"""Attention to shared earlier tokens against its twin in float64, and the twin against torch's attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ops import reference
+from tests.ops.triton.device import DEVICE, DTYPES, TOLERANCE
+
+kernels = pytest.importorskip("ops.triton.past")
+
+
+def draw(sequences: int, n_past: int, stored: int, heads: int, width: int) -> tuple[torch.Tensor, ...]:
+    packed = torch.randn(sequences, 3, heads, width, dtype=torch.float64, device=DEVICE)
+    past = torch.randn(stored, 2, heads, width, dtype=torch.float64, device=DEVICE)
+    return packed, past, torch.randint(0, stored, (sequences, n_past), device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 16), (37, 3, 50, 2, 24), (70, 5, 9, 3, 64), (0, 2, 4, 2, 16)])
+def test_kernel_is_its_twin(shape, dtype):
+    packed, past, rows = draw(*shape)
+    packed, past = packed.to(dtype), past.to(dtype)
+    expected = reference.past_attention(packed.double(), past.double(), rows, 0.3)
+    actual = kernels.past_attention(packed, past, rows, 0.3)
+    assert actual.dtype == dtype and actual.shape == (shape[0], *shape[3:])
+    size = max(1.0, float(expected.abs().max())) if len(expected) else 1.0
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=TOLERANCE[dtype] * size)
+
+
+def test_the_past_may_be_a_view():
+    packed, past, rows = (tensor.float() if tensor.is_floating_point() else tensor for tensor in draw(8, 2, 8, 2, 16))
+    other = torch.cat([past[:, :1], past], 1)  # as queries, keys and values of earlier tokens lie
+    actual = kernels.past_attention(packed, other[:, 1:], rows, 0.3)
+    torch.testing.assert_close(actual, kernels.past_attention(packed, past, rows, 0.3))
+
+
+def test_twin_is_scaled_dot_product_attention():
+    packed, past, rows = draw(11, 3, 20, 2, 8)
+    seen = torch.cat([past[rows], packed[:, None, 1:]], 1)  # [S, P + 1, 2, H, D]
+    key, value = (tensor.transpose(1, 2) for tensor in seen.unbind(2))
+    expected = F.scaled_dot_product_attention(packed[:, 0, :, None], key, value, scale=0.3)[:, :, 0]
+    torch.testing.assert_close(reference.past_attention(packed, past, rows, 0.3), expected)
+
+
+def test_the_operator_is_registered_completely():
+    packed, past, rows = draw(5, 2, 7, 2, 16)
+    torch.library.opcheck(kernels.past_attention, (packed.float(), past.float(), rows, 0.3))
