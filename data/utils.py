@@ -173,7 +173,7 @@ def filler_rows(batch_size: int) -> int:
 
     The items of a batch vary by its square root, and the sizes lie this many longest histories apart.
     """
-    return math.isqrt(max(batch_size - 1, 0)) // 2 + 1
+    return math.isqrt(max(batch_size - 1, 0)) // 4 + 1
 
 
 def filled_size(n_items: int, fillers: int, max_items: int) -> int:

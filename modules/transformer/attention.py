@@ -66,6 +66,33 @@ class SelfAttention(nn.Module):
         return self.out(attended.flatten(1)), packed[:, 1:]
 
 
+class _Products(torch.autograd.Function):
+    """x @ w.T for several w. Each product of the way back adds to the gradient of x as it is made: no sums are left."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(x @ weight.T for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x.addmm_(grad, weight)
+        return grad_x, *(grad.T @ x for grad in grads)
+
+
+def products(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+    """x @ w.T for several w, in the dtype of autocast where it is on. Shape: x [T, dim], w [n, dim] -> each [T, n]."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+    with torch.autocast(kind, enabled=False):
+        return _Products.apply(x, *weights)
+
+
 class CrossAttention(nn.Module):
     """Attention to the tokens of another sequence; heads and projections as in `SelfAttention`."""
 
@@ -76,9 +103,11 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(dim, 2 * n_heads * head_dim, bias=False)
         self.out = nn.Linear(n_heads * head_dim, dim, bias=False)
 
-    def memory(self, x: JaggedTensor) -> JaggedTensor:
-        """The keys and values that `forward` looks at. Values [T, dim] -> [T, 2, H, D]."""
-        return x.with_values(self.key_value(x.values).view(-1, 2, self.n_heads, self.head_dim))
+    @staticmethod
+    def memories(x: JaggedTensor, layers: list["CrossAttention"]) -> list[JaggedTensor]:
+        """The keys and values that each layer's `forward` looks at. Values [T, dim] -> [T, 2, H, D] of each."""
+        made = products(x.values, [layer.key_value.weight for layer in layers])
+        return [x.with_values(t.view(-1, 2, own.n_heads, own.head_dim)) for t, own in zip(made, layers, strict=True)]
 
     def forward(self, x: JaggedTensor, memory: JaggedTensor, bias: Tensor | None, key_limits: Tensor) -> Tensor:
         """x [T, dim], bias [H, 2R+1], key_limits [T] -> [T, dim]; see `ops.jagged.jagged_attention`."""

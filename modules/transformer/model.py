@@ -184,7 +184,7 @@ class Decoder(nn.Module):
 
     def memory(self, encoded: JaggedTensor) -> list[JaggedTensor]:
         """Each layer's keys and values [T, 2, H, D] of the encoded history [T, dim], computed once per user."""
-        return [block.cross_attention.memory(encoded) for block in self.blocks]
+        return CrossAttention.memories(encoded, [block.cross_attention for block in self.blocks])
 
     def forward(
         self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, past: Past | None = None

@@ -118,8 +118,9 @@ def attention(
     key_limits: Tensor | None = None,
     causal: bool = False,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """See `ops.jagged.jagged_attention`. Returns out [Tq, H, D] and lse [H, Tq] float32, in units of log 2.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.jagged.jagged_attention`. Returns out [Tq, H, D], lse [H, Tq] float32, in units of log 2, and the ranges
+    of `_key_ranges`.
 
     query, memory: float32, float16 or bfloat16, both alike, less than 2^31 tokens; D at most 128. A value that is not
     finite may spoil the rows beside its own.
@@ -129,27 +130,28 @@ def attention(
     total, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
     lse = torch.empty(heads, total, dtype=torch.float32, device=query.device)
+    ranges = _key_ranges(total, query_offsets, key_offsets, max_query, key_limits, causal)
     if not total:
-        return out, lse
+        return out, lse, ranges
     if not len(key):
-        return out.zero_(), lse.zero_()
+        return out.zero_(), lse.zero_(), ranges
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     table, bias_stride, radius, reach = _bias_table(bias, max(max_query, max_key), constants)
-    ranges = _key_ranges(total, query_offsets, key_offsets, max_query, key_limits, causal)
     forward_kernel[(heads * triton.cdiv(total, constants["BLOCK_M"]),)](
         query, key, value, table, *ranges, out, lse,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0),
         heads, total, len(key), bias_stride, radius, reach, scale,
         **constants,
     )  # fmt: skip
-    return out, lse
+    return out, lse, ranges
 
 
 @attention.register_fake
 def _(query, memory, query_offsets, key_offsets, max_query, max_key, bias=None, key_limits=None, causal=False,
       scale=1.0):  # fmt: skip
     query = _parts(query, memory)[0]
-    return query.new_empty(query.shape), query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    lse = query.new_empty(query.shape[1::-1], dtype=torch.float32)
+    return query.new_empty(query.shape), lse, lse.new_empty(3, len(query), dtype=torch.int32)
 
 
 @torch.library.custom_op("jagged::attention_backward", mutates_args=())
@@ -159,6 +161,7 @@ def attention_backward(
     memory: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    ranges: Tensor,
     query_offsets: Tensor,
     key_offsets: Tensor,
     max_query: int,
@@ -181,7 +184,6 @@ def attention_backward(
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     longest, block = max(max_query, max_key), constants["BLOCK_M"]
     table, bias_stride, radius, reach = _bias_table(bias, longest, constants)
-    ranges = _key_ranges(total, query_offsets, key_offsets, max_query, key_limits, causal)
     width = (2 * reach + 1) * block**2 + 2 * block if constants["TILED"] else bias_stride
     programs = triton.cdiv(total, block)
     if bias_grad:
@@ -224,24 +226,25 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 @attention_backward.register_fake
-def _(grad_out, query, memory, out, lse, query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal,
-      scale, bias_grad):  # fmt: skip
+def _(grad_out, query, memory, out, lse, ranges, query_offsets, key_offsets, max_query, max_key, bias, key_limits,
+      causal, scale, bias_grad):  # fmt: skip
     grad_bias = lse.new_empty(bias.shape) if bias_grad else lse.new_empty(0)
     return query.new_empty(query.shape), query.new_empty(memory.shape if memory is not None else 0), grad_bias
 
 
 def _setup_context(ctx, inputs, output) -> None:
     query, memory, query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal, scale = inputs
+    ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(query, memory, *output, query_offsets, key_offsets, bias, key_limits)
     ctx.options = (max_query, max_key, causal, scale)
 
 
-def _backward(ctx, grad_out, grad_lse):
-    query, memory, out, lse, query_offsets, key_offsets, bias, key_limits = ctx.saved_tensors
+def _backward(ctx, grad_out, grad_lse, _):
+    query, memory, out, lse, ranges, query_offsets, key_offsets, bias, key_limits = ctx.saved_tensors
     max_query, max_key, causal, scale = ctx.options
     bias_grad = bias is not None and ctx.needs_input_grad[6]
     grad_query, grad_memory, grad_bias = attention_backward(
-        grad_out, query, memory, out, lse, query_offsets, key_offsets, max_query, max_key, bias, key_limits,
+        grad_out, query, memory, out, lse, ranges, query_offsets, key_offsets, max_query, max_key, bias, key_limits,
         causal, scale, bias_grad,
     )  # fmt: skip
     grad_memory = grad_memory if memory is not None else None

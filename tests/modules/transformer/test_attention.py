@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from modules.transformer.attention import CrossAttention, RelativePositionBias, SelfAttention
+from modules.transformer.attention import CrossAttention, RelativePositionBias, SelfAttention, products
 from ops.jagged import JaggedTensor
 
 
@@ -42,7 +42,7 @@ def test_attention_is_that_of_torch_row_by_row(causal):
     rows = [torch.randn(length, dim, dtype=torch.float64) for length in lengths]
     x = JaggedTensor.from_rows(rows)
     limits = x.positions() + 1 if causal else torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))
-    for attended in (own(x, causal=causal)[0], cross(x, cross.memory(x), None, limits)):
+    for attended in (own(x, causal=causal)[0], cross(x, *cross.memories(x, [cross]), None, limits)):
         for row, out in zip(rows, attended.split(lengths), strict=True):
             mask = torch.ones(len(row), len(row), dtype=torch.bool).triu(1) if causal else None
             expected, _ = oracle(row[None], row[None], row[None], attn_mask=mask)
@@ -59,9 +59,25 @@ def test_a_token_sees_what_came_before_it():
     torch.testing.assert_close(last, whole.view(2, 3, 4)[:, 2])
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_have_the_gradients_of_single_ones(count):
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(4 + n, 5, dtype=torch.float64, requires_grad=True) for n in range(count)]
+    together, apart = products(x, weights), [torch.nn.functional.linear(x, weight) for weight in weights]
+    by = [torch.randn_like(out) for out in apart]
+    grads = [torch.autograd.grad(outs, [x, *weights], by) for outs in (together, apart)]
+    for mine, theirs in zip([*together, *grads[0]], [*apart, *grads[1]], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    half = [out.dtype for out in products(x.float(), [weight.float() for weight in weights])]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = products(x.float(), [weight.float() for weight in weights])
+    assert set(half) == {torch.float32} and {out.dtype for out in cast} == {torch.bfloat16}
+    assert torch.autograd.grad(sum(out.float().sum() for out in cast), x)[0].dtype == torch.float64
+
+
 def test_heads_may_be_wider_than_the_model():
     own, cross = (kind(4, n_heads=3, head_dim=5) for kind in (SelfAttention, CrossAttention))
     x = JaggedTensor.from_rows([torch.randn(2, 4), torch.randn(3, 4)])
-    memory = cross.memory(x)
+    (memory,) = cross.memories(x, [cross])
     assert memory.values.shape == (5, 2, 3, 5)
     assert own(x)[0].shape == cross(x, memory, None, torch.full((5,), 2)).shape == (5, 4)
