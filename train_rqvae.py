@@ -107,12 +107,8 @@ def train(
     rows = torch.randperm(len(x), generator=generator, device=device)[:KMEANS_ROWS]
     # One process in full precision on a GPU replays its step as a CUDA graph.
     graphed = device.type == "cuda" and accelerator.num_processes * gradient_accumulate_every == 1 and not amp
-    optimizer = torch.optim.AdamW(
-        model.parameters(), learning_rate, weight_decay=weight_decay, fused=True, capturable=graphed
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
     first = run.restore(model, optimizer)["step"]
-    for group in optimizer.param_groups:
-        group["capturable"] = graphed  # the checkpoint may be from another device
     if first == 0:
         model.initialize(x[rows], generator)
     run.save_config()

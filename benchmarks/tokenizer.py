@@ -48,8 +48,7 @@ def train(x: Tensor, options: dict, seed: int, steps: int, batch: int, rate: flo
     model.initialize(x, torch.Generator(x.device).manual_seed(seed))
     if options.get("hidden_dims", ()) is None:
         return model
-    graphed = x.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, fused=True, capturable=graphed)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, fused=True)
     shuffler = Shuffler(len(x), batch, seed)
     step_once = TokenizerStep(model.train(), optimizer, x, shuffler.batch_size, 1.0)
     for step in range(steps):

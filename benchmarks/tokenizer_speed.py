@@ -39,7 +39,7 @@ def speed(device: torch.device, profile: bool) -> None:
     x = torch.randn(20_000, 768, device=device)
     model = RqVae(768, embed_dim=32).to(device)
     model.initialize(x, torch.Generator(device).manual_seed(0))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True, capturable=gpu)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     step_once, shuffler = TokenizerStep(model.train(), optimizer, x, BATCH, 1.0), Shuffler(len(x), BATCH, 0)
 
     def steps(first: int, n: int) -> float:

@@ -205,15 +205,20 @@ class RqVae(nn.Module):
 
     def autoencode(self, x: Tensor, temperature: float = 1.0) -> RqVaeLosses:
         """What `forward` gives, of features as `normalized` returns them."""
+        reconstruction, quantization, sem_ids = self.row_losses(x, temperature)
+        reconstruction, quantization = reconstruction.mean(), quantization.mean()
+        return RqVaeLosses(reconstruction + quantization, reconstruction, quantization, sem_ids)
+
+    def row_losses(self, x: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction and quantization loss of each row, [B] float32, and the codes [B, L] int64, of features as
+        `normalized` returns them."""
         latent = self.encoder(x)
         if self.training and latent.is_cuda and self.fusible:
             total, sem_ids, quantize_loss = self._fused(latent)
         else:
             codes = self.quantize(latent, temperature)
             total, sem_ids, quantize_loss = codes.embeddings.sum(-1), codes.sem_ids, codes.quantize_loss
-        reconstruction = reconstruction_loss(self.decoder(total), x, self.n_cat_features).mean()
-        quantization = quantize_loss.mean()
-        return RqVaeLosses(reconstruction + quantization, reconstruction, quantization, sem_ids)
+        return reconstruction_loss(self.decoder(total), x, self.n_cat_features), quantize_loss, sem_ids
 
     @property
     def fusible(self) -> bool:

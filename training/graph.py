@@ -11,18 +11,18 @@ from training.replay import record
 class TokenizerStep:
     """Draws rows, runs the model forward and backward, clips, updates the weights and clears the gradients.
 
-    x: [N, D], on the model's device; a standardized copy of it is kept. optimizer: on a GPU with `capturable=True`.
-    There the step's matrix products are in TF32, and the learning rate is a tensor that the graph reads.
+    x: [N, D], on the model's device; a standardized copy of it is kept. optimizer: with one group of parameters. On a
+    GPU the step's matrix products are in TF32, weights and the optimizer's state move into stretches of memory of their
+    own (`training.flat`), and the graph reads the learning rate from the device.
     `__call__` returns the losses (total, reconstruction, quantization) as a tensor [3] and the norm of the
-    gradient, which the next call overwrites, so that nothing waits for the device. Weights may be changed in place
-    between two calls, but not the constants of the standardization.
+    gradient, which the next call overwrites, so that nothing waits for the device. Weights and the optimizer's state
+    may be changed in place between two calls, but not the constants of the standardization.
     """
 
-    def __init__(
-        self, model: RqVae, optimizer: torch.optim.Optimizer, x: Tensor, batch_size: int, max_norm: float
-    ) -> None:
+    def __init__(self, model: RqVae, optimizer: torch.optim.AdamW, x: Tensor, batch_size: int, max_norm: float) -> None:
         self.model, self.optimizer, self.x, self.max_norm = model, optimizer, model.normalized(x), max_norm
         self.index = torch.zeros(batch_size, dtype=torch.int64, device=x.device)
+        self.shares = torch.full((batch_size,), 1 / batch_size, device=x.device)  # of the rows in the mean loss
         self.settings = torch.tensor([0.0, 1.0], device=x.device)  # learning rate, temperature
         self.graph = self._capture() if x.is_cuda else None
 
@@ -35,28 +35,41 @@ class TokenizerStep:
         self.graph.replay()
         return self.output
 
-    def _step(self, rate: Tensor | float, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        out = self.model.autoencode(self.x.index_select(0, self.index), temperature)
-        out.loss.backward()
+    def _step(self, rate: float, temperature: float) -> tuple[Tensor, Tensor]:
+        losses = self._passes(temperature)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack([out.loss, out.reconstruction_loss, out.quantize_loss]).detach(), norm
+        return losses, norm
+
+    def _passes(self, temperature: Tensor | float) -> Tensor:
+        """Forward, and backward from the mean over rows. Returns the losses [3]."""
+        rows = self.model.row_losses(self.x.index_select(0, self.index), temperature)[:2]
+        torch.autograd.backward(rows, [self.shares, self.shares])
+        reconstruction, quantization = (part.detach() for part in rows)
+        return torch.stack([reconstruction + quantization, reconstruction, quantization]).mean(1)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Puts weights and moments back as they were."""
-        weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        moments = [tensor.clone() for tensor in self._moments()]
-        with matmul_precision("high"):
-            graph, self.output = record(lambda: self._step(*self.settings))
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0  # a number again, for those who save the optimizer
-        self.model.load_state_dict(weights)
-        for n, tensor in enumerate(self._moments()):
-            tensor.copy_(moments[n] if moments else torch.zeros_like(tensor))  # new ones start at zero
-        return graph
+        from training.flat import FlatAdamW
 
-    def _moments(self) -> list[Tensor]:
-        return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        rate, temperature = self.settings
+        self._passes(temperature)  # shows which parameters have a gradient
+        flat = FlatAdamW(self.optimizer, self.max_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        before = flat.state.clone(), flat.steps.clone()
+
+        def step() -> tuple[Tensor, Tensor]:
+            losses = self._passes(temperature)
+            norm = flat.step(rate)
+            self.optimizer.zero_grad(set_to_none=True)
+            return losses, norm
+
+        with matmul_precision("high"):
+            graph, self.output = record(step)
+        flat.state.copy_(before[0])
+        flat.steps.copy_(before[1])
+        self.model.load_state_dict(weights)  # moving averages as well
+        return graph

@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_B = 16  # rows of a program
-TILE = 8192  # numbers of a codebook that it compares them with at a time
+TILE = 8192  # numbers of a codebook that a program compares its rows with at a time
 
 
 @triton.jit
@@ -87,6 +86,11 @@ def _backward(
     tl.store(grad_x_ptr + place, grad_r, mask=inside)
 
 
+def _rows(batch: int) -> int:
+    """Rows of a program: few while not every multiprocessor has work, more where reading the codebooks counts."""
+    return 4 if batch < 2048 else 16
+
+
 @torch.library.custom_op("retrieval::residual_quantize", mutates_args=())
 def residual_quantize(x: Tensor, books: Tensor, beta: float, rotate: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What `modules.rqvae.RqVae.quantize` computes in training, with codes chosen by Euclidean distance.
@@ -102,8 +106,8 @@ def residual_quantize(x: Tensor, books: Tensor, beta: float, rotate: bool) -> tu
     ids = torch.empty(B, L, dtype=torch.int64, device=x.device)
     block_d = max(16, triton.next_power_of_2(D))
     block_v = max(16, min(TILE // block_d, 256, triton.next_power_of_2(V)))
-    grid = (triton.cdiv(B, BLOCK_B),)
-    _forward[grid](x, books, total, ids, loss, B, V, D, beta, L, BLOCK_B, block_v, block_d, num_warps=8)
+    grid = (triton.cdiv(B, _rows(B)),)
+    _forward[grid](x, books, total, ids, loss, B, V, D, beta, L, _rows(B), block_v, block_d, num_warps=8)
     return total, ids, loss
 
 
@@ -122,9 +126,9 @@ def residual_quantize_backward(
     L, V, _ = books.shape
     grad_x, grad_books = torch.empty_like(x), torch.zeros_like(books)
     block_d = max(16, triton.next_power_of_2(D))
-    grid = (triton.cdiv(B, BLOCK_B),)
+    grid = (triton.cdiv(B, _rows(B)),)
     arguments = (x, books, ids, grad_total, grad_loss, grad_x, grad_books)
-    _backward[grid](*arguments, B, V, D, beta, L, rotate, BLOCK_B, block_d)
+    _backward[grid](*arguments, B, V, D, beta, L, rotate, _rows(B), block_d)
     return grad_x, grad_books
 
 

@@ -11,7 +11,8 @@ from tests.ops.triton.device import DEVICE
 
 @pytest.mark.parametrize("mode", [QuantizeMode.STE, QuantizeMode.ROTATION_TRICK])
 @pytest.mark.parametrize(
-    ("batch", "size", "dim", "levels"), [(1, 1, 1, 1), (37, 70, 20, 3), (16, 64, 32, 2), (9, 300, 100, 2)]
+    ("batch", "size", "dim", "levels"),
+    [(1, 1, 1, 1), (37, 70, 20, 3), (16, 64, 32, 2), (9, 300, 100, 2), (33, 256, 32, 3), (2051, 20, 3, 2)],
 )
 def test_the_fused_quantizer_is_that_of_the_levels(mode, batch, size, dim, levels):
     torch.manual_seed(0)

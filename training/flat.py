@@ -1,0 +1,41 @@
+"""torch's AdamW with the numbers of all parameters in one stretch of memory, for one kernel."""
+
+import torch
+from torch import Tensor
+
+from ops.triton.adamw import clipped_adamw
+
+
+class FlatAdamW:
+    """Clips the gradient and makes the optimizer's step, without asking the host for anything.
+
+    Made once the parameters have gradients; those without one are left alone, as torch leaves them. The others' values
+    and the optimizer's state of them become views of `state` and `steps`, so that both can still be read, saved and
+    changed in place where they were: through the model and `optimizer.state`.
+
+    optimizer: `torch.optim.AdamW` with one group of float32 parameters on one device. Its rate is not read.
+    """
+
+    def __init__(self, optimizer: torch.optim.AdamW, max_norm: float) -> None:
+        (group,) = optimizer.param_groups
+        if group["amsgrad"] or group["maximize"]:
+            raise ValueError("FlatAdamW is AdamW with amsgrad=False and maximize=False; the optimizer has one of them.")
+        self._parameters = [p for p in group["params"] if p.grad is not None]
+        self._settings = (max_norm, *group["betas"], group["eps"], group["weight_decay"])
+        sizes = [p.numel() for p in self._parameters]
+        device = self._parameters[0].device
+        self._ends = torch.tensor(sizes, device=device).cumsum(0)
+        self.state = torch.zeros(3, sum(sizes), device=device)  # values, first moments, second moments
+        self.steps = torch.zeros(len(sizes), device=device)
+        flat = [row.split(sizes) for row in self.state]
+        for p, step, value, first, second in zip(self._parameters, self.steps, *flat, strict=True):
+            views = {"step": step, "exp_avg": first.view_as(p), "exp_avg_sq": second.view_as(p)}
+            for name, tensor in optimizer.state[p].items():  # empty before the first step
+                views[name].copy_(tensor)
+            optimizer.state[p] = views
+            p.data = value.view_as(p).copy_(p.data)
+
+    def step(self, rate: Tensor) -> Tensor:
+        """Updates the parameters by their gradients. rate: [], on their device. Returns the norm before clipping."""
+        grads = torch.cat([p.grad.flatten() for p in self._parameters])
+        return clipped_adamw(self.state, self.steps, self._ends, grads, rate, *self._settings)
