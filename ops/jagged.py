@@ -1,7 +1,7 @@
 """The variable-length type of the project and the public operations on it.
 
 On a GPU they run the kernels of `ops.triton`, elsewhere their pure-torch twins in `ops.reference`. The choice is
-made here and nowhere else, so that callers never know.
+made here, by `has_kernel`, so that callers never know.
 """
 
 from dataclasses import dataclass
@@ -98,7 +98,12 @@ def row_indices(offsets: Tensor, total: int) -> Tensor:
 
 
 def jagged_concat(first: JaggedTensor, second: JaggedTensor) -> JaggedTensor:
-    """Row b becomes [row b of first, row b of second]. Values [S, ...] and [T, ...] of one dtype -> [S + T, ...]."""
+    """Row b becomes [row b of first, row b of second]. Values [S, ...] and [T, ...] of one dtype -> [S + T, ...];
+    ValueError where their dtypes differ."""
+    if first.values.dtype != second.values.dtype:
+        raise ValueError(
+            f"jagged_concat joins values of one dtype, not {first.values.dtype} and {second.values.dtype}."
+        )
     offsets = first.offsets + second.offsets
     arguments = (first.values, second.values, first.offsets, second.offsets)
     if has_kernel(first.values):

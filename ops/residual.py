@@ -15,8 +15,8 @@ def add_norm(
     The end of one residual branch and the root-mean-square normalization at the start of the next (Zhang and Sennrich
     2019, eq. 4). dropout: probability; 0 outside training. last: at the end of a stack, normed is dropped out too.
 
-    Shape: x, branch [..., D], weight [D] -> hidden, in the dtype of x (of the branch without it), and normed, in that
-    of autocast where it is on.
+    Shape: x, branch [..., D], weight [D] -> hidden, in the dtype of x (of the branch without it), and normed, on a GPU
+    in that of autocast where it is on.
     """
     if not has_kernel(branch):
         return reference.add_norm(x, branch, weight, dropout, last, eps)

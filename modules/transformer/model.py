@@ -25,6 +25,10 @@ class TransformerConfig:
     head_dim: int
     dropout: float
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"EncoderDecoderRetrievalModel.dropout is {self.dropout}; it must be from 0 to below 1.")
+
 
 @dataclass(frozen=True)
 class MemoryView:

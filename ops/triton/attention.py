@@ -4,18 +4,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ops.triton.attention_kernels import (
-    ALL,
-    CAUSAL,
-    LIMITS,
-    backward_key_kernel,
-    backward_query_kernel,
-    bias_table_kernel,
-    forward_kernel,
-    key_ranges_kernel,
-    query_ranges_kernel,
-    sum_diagonals_kernel,
-)
+from ops.triton.attention_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
+from ops.triton.bias import bias_gradient, bias_table, farthest
+from ops.triton.ranges import key_ranges, query_ranges
 
 MAX_PARTS = 1056  # programs that sum the bias gradient, each into a part of its own
 
@@ -47,55 +38,6 @@ def _constants(
     }
 
 
-def _ranges_grid(rows: int, longest: int) -> tuple[tuple[int, int], dict[str, int]]:
-    length = min(32, triton.next_power_of_2(max(longest, 1)))
-    blocks = {"ROWS": 1024 // length, "LENGTH": length}
-    return (triton.cdiv(rows, blocks["ROWS"]), triton.cdiv(max(longest, 1), length)), blocks
-
-
-def _key_ranges(
-    total: int, q_offsets: Tensor, k_offsets: Tensor, max_query: int, key_limits: Tensor | None, causal: bool
-) -> Tensor:
-    """First key, last key + 1 and place of each query: [3, Tq] int32, counted from the first key of all rows."""
-    ranges = torch.empty(3, total, dtype=torch.int32, device=q_offsets.device)
-    rows, mask = len(q_offsets) - 1, LIMITS if key_limits is not None else CAUSAL if causal else ALL
-    if total:
-        limits = key_limits.contiguous() if key_limits is not None else None
-        grid, blocks = _ranges_grid(rows, max_query)
-        key_ranges_kernel[grid](q_offsets, k_offsets, limits, *ranges, rows, mask, **blocks)
-    return ranges
-
-
-def _query_ranges(total: int, q_offsets: Tensor, k_offsets: Tensor, max_key: int, causal: bool) -> Tensor:
-    """First query that may see each key, and the last + 1: [2, Tk] int32, counted from the first query of all rows."""
-    ranges = torch.empty(2, total, dtype=torch.int32, device=q_offsets.device)
-    rows = len(q_offsets) - 1
-    if total:
-        grid, blocks = _ranges_grid(rows, max_key)
-        query_ranges_kernel[grid](q_offsets, k_offsets, *ranges, rows, CAUSAL if causal else ALL, **blocks)
-    return ranges
-
-
-def _bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[Tensor | None, int, int, int]:
-    """The bias as `_scores` reads it, the size of a head's part, R, and how many blocks from the diagonal there are
-    distances below R."""
-    if bias is None:
-        return None, 0, 0, 0
-    bias = bias.contiguous()
-    radius, block = bias.shape[1] // 2, constants["BLOCK_M"]
-    if not constants["TILED"]:
-        return bias, bias.shape[1], radius, 0
-    reach = min(_farthest(max_length, block), (radius + block - 2) // block)
-    table = torch.empty(len(bias), 2 * reach + 3, block, block, dtype=torch.float32, device=bias.device)
-    bias_table_kernel[(2 * reach + 3, len(bias))](bias, table, radius, reach, block)
-    return table, table.stride(0), radius, reach
-
-
-def _farthest(max_length: int, block: int) -> int:
-    """How many blocks two tokens of a row can be apart."""
-    return triton.cdiv(max(max_length - 1, 0), block)
-
-
 def _parts(query: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, views [T, H, D]."""
     return query.unbind(1) if memory is None else (query, *memory.unbind(1))
@@ -120,7 +62,7 @@ def attention(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.jagged.jagged_attention`. Returns out [Tq, H, D], lse [H, Tq] float32, in units of log 2, and the ranges
-    of `_key_ranges`.
+    of `key_ranges`.
 
     query, memory: float32, float16 or bfloat16, both alike, less than 2^31 tokens; D at most 128. A value that is not
     finite may spoil the rows beside its own.
@@ -130,13 +72,13 @@ def attention(
     total, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=value.dtype, device=value.device)
     lse = torch.empty(heads, total, dtype=torch.float32, device=query.device)
-    ranges = _key_ranges(total, query_offsets, key_offsets, max_query, key_limits, causal)
+    ranges = key_ranges(total, query_offsets, key_offsets, max_query, key_limits, causal)
     if not total:
         return out, lse, ranges
     if not len(key):
         return out.zero_(), lse.zero_(), ranges
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
-    table, bias_stride, radius, reach = _bias_table(bias, max(max_query, max_key), constants)
+    table, bias_stride, radius, reach = bias_table(bias, max(max_query, max_key), constants)
     forward_kernel[(heads * triton.cdiv(total, constants["BLOCK_M"]),)](
         query, key, value, table, *ranges, out, lse,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0),
@@ -183,7 +125,7 @@ def attention_backward(
         return grad_query.zero_(), grad_memory.zero_(), grad_bias
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     longest, block = max(max_query, max_key), constants["BLOCK_M"]
-    table, bias_stride, radius, reach = _bias_table(bias, longest, constants)
+    table, bias_stride, radius, reach = bias_table(bias, longest, constants)
     width = (2 * reach + 1) * block**2 + 2 * block if constants["TILED"] else bias_stride
     programs = triton.cdiv(total, block)
     if bias_grad:
@@ -195,9 +137,9 @@ def attention_backward(
         query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grads[0].stride(0),
         heads, total, len(key), bias_stride, radius, reach, scale, width,
         **constants, BIAS_GRAD=bias_grad, RIGHT=not causal,
-        FAR=_farthest(longest, block) > reach if constants["TILED"] else longest > radius + 1,
+        FAR=farthest(longest, block) > reach if constants["TILED"] else longest > radius + 1,
     )  # fmt: skip
-    q_ranges = _query_ranges(len(key), query_offsets, key_offsets, max_key, causal)
+    q_ranges = query_ranges(len(key), query_offsets, key_offsets, max_key, causal)
     if block == 16 and query.dtype != torch.float32 and query.shape[2] <= 64:
         constants["maxnreg"] = 128  # a third more warps on a multiprocessor, and nothing spills
     backward_key_kernel[(heads * triton.cdiv(len(key), constants["BLOCK_N"]),)](
@@ -208,16 +150,7 @@ def attention_backward(
     )  # fmt: skip
     if not bias_grad:
         return grad_query, grad_memory, lse.new_empty(0)
-    return grad_query, grad_memory, _bias_gradient(parts.sum(0), bias, constants, radius, reach)
-
-
-def _bias_gradient(sums: Tensor, bias: Tensor, constants: dict, radius: int, reach: int) -> Tensor:
-    """From the sums of all programs [H, width] -> [H, 2R+1] float32."""
-    if not constants["TILED"]:
-        return sums
-    grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-    sum_diagonals_kernel[(len(bias),)](sums, grad_bias, sums.shape[1], radius, reach, constants["BLOCK_M"])
-    return grad_bias
+    return grad_query, grad_memory, bias_gradient(parts.sum(0), bias, constants, radius, reach)
 
 
 def _like(tensor: Tensor) -> Tensor:
@@ -234,7 +167,7 @@ def _(grad_out, query, memory, out, lse, ranges, query_offsets, key_offsets, max
 
 def _setup_context(ctx, inputs, output) -> None:
     query, memory, query_offsets, key_offsets, max_query, max_key, bias, key_limits, causal, scale = inputs
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(query, memory, *output, query_offsets, key_offsets, bias, key_limits)
     ctx.options = (max_query, max_key, causal, scale)
 

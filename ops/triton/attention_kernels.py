@@ -19,58 +19,9 @@ are float32. All ranges and places count tokens from the start of the tensor, in
 import triton
 import triton.language as tl
 
-ALL, CAUSAL, LIMITS = 0, 1, 2  # which keys a query sees
-LOG2E = tl.constexpr(1.4426950408889634)
+from ops.triton.bias import BEYOND, LOG2E, add_by_distance, pairs, store_pairs
+
 LOWEST = tl.constexpr(-1e30)  # finite, so that a difference of two is a number
-BEYOND = tl.constexpr(2**31 - 1)  # no token
-
-
-@triton.jit
-def key_ranges_kernel(
-    q_offsets, k_offsets, limits, begin, end, place, n_rows,
-    MASK: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
-    """begin, end, place [Tq] int32 of every query, counted in keys."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    i = (tl.program_id(1) * LENGTH + tl.arange(0, LENGTH))[None, :]
-    q_start = tl.load(q_offsets + row, mask=row < n_rows, other=0)
-    q_stop = tl.load(q_offsets + row + 1, mask=row < n_rows, other=0)
-    k_start = tl.load(k_offsets + row, mask=row < n_rows, other=0).to(tl.int32)
-    k_stop = tl.load(k_offsets + row + 1, mask=row < n_rows, other=0).to(tl.int32)
-    m, inside = q_start + i, i < q_stop - q_start
-    if MASK == 2:
-        limit = tl.load(limits + m, mask=inside, other=0)
-        last = k_start + tl.minimum(tl.maximum(limit, 0), k_stop - k_start).to(tl.int32)
-        at = last - 1
-    else:
-        at = k_start + i
-        last = tl.minimum(at + 1, k_stop) if MASK == 1 else k_stop + i * 0
-    tl.store(begin + m, k_start + i * 0, mask=inside)
-    tl.store(end + m, last, mask=inside)
-    tl.store(place + m, at, mask=inside)
-
-
-@triton.jit
-def query_ranges_kernel(
-    q_offsets, k_offsets, begin, end, n_rows, MASK: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr
-):  # fmt: skip
-    """begin, end [Tk] int32: no query outside begin[j] to end[j] - 1 sees key j."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    j = (tl.program_id(1) * LENGTH + tl.arange(0, LENGTH))[None, :]
-    k_start = tl.load(k_offsets + row, mask=row < n_rows, other=0)
-    k_stop = tl.load(k_offsets + row + 1, mask=row < n_rows, other=0)
-    q_start = tl.load(q_offsets + row, mask=row < n_rows, other=0).to(tl.int32)
-    q_stop = tl.load(q_offsets + row + 1, mask=row < n_rows, other=0).to(tl.int32)
-    n, inside = k_start + j, j < k_stop - k_start
-    first = tl.minimum(q_start + j, q_stop) if MASK == 1 else q_start + j * 0
-    tl.store(begin + n, first, mask=inside)
-    tl.store(end + n, q_stop + j * 0, mask=inside)
-
-
-@triton.jit
-def _pair(M: tl.constexpr, N: tl.constexpr):
-    """Place of each pair of a block in memory. [M, N]"""
-    return tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
 
 
 @triton.jit
@@ -109,7 +60,7 @@ def _scores(
             M: tl.constexpr = q.shape[0]
             N: tl.constexpr = k.shape[0]
             tile = tl.minimum(tl.maximum(step + reach + 1, 0), 2 * reach + 2)
-            scores += tl.load(bias + tile * (M * N) + _pair(M, N))
+            scores += tl.load(bias + tile * (M * N) + pairs(M, N))
         else:
             distance = tl.minimum(tl.maximum(n[None, :] - place[:, None], -radius), radius)
             scores += tl.load(bias + (distance + radius), mask=visible, other=0.0).to(tl.float32) * LOG2E
@@ -157,55 +108,6 @@ def forward_kernel(
     _store(out, weighted / safe[:, None], m_start, n_queries, out_stride, d, D, BLOCK_M, BLOCK_D)
     normalizer = tl.where(seen, largest + tl.log2(safe), 0.0)
     tl.store(lse + tl.cast(head, tl.int64) * n_queries + m, normalizer, mask=m < n_queries)
-
-
-@triton.jit
-def _add_by_distance(
-    sums, ds, n_start, first, last, place, radius, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr
-):
-    """sums[clamp(n - place, -radius, radius) + radius] += ds, [BLOCK_M, BLOCK_N], in memory that is the program's own.
-
-    Windows of distances are twice as wide as the block; each row of ds, moved by its place, is a row of the window.
-    They start at multiples of their width, so that the same thread adds to a sum each time. Outside the keys first to
-    last - 1 that a query sees, ds is 0. FAR: some distances are beyond the radius.
-    """
-    SPAN: tl.constexpr = 2 * BLOCK_N
-    slot = tl.arange(0, SPAN)
-    first, last = tl.maximum(first, n_start), tl.minimum(last, n_start + BLOCK_N)
-    visible = first < last
-    lowest = tl.min(tl.where(visible, first - place, BEYOND))
-    highest = tl.max(tl.where(visible, last - 1 - place, -BEYOND))
-    for start in range(lowest & -SPAN, highest + 1, SPAN):
-        column = start + slot[None, :] + place[:, None] - n_start  # [BLOCK_M, SPAN]
-        inside = (column >= 0) & (column < BLOCK_N) & visible[:, None]
-        moved = tl.gather(ds, tl.minimum(tl.maximum(column, 0), BLOCK_N - 1), 1)
-        total = tl.sum(tl.where(inside, moved, 0.0), 0)  # [SPAN], of the distances start + slot
-        distance = start + slot
-        if FAR:
-            below = (distance <= -radius) | (radius == 0)
-            tl.atomic_add(sums, tl.sum(tl.where(below, total, 0.0)), sem="relaxed")
-            above = (distance >= radius) & (radius > 0)
-            tl.atomic_add(sums + 2 * radius, tl.sum(tl.where(above, total, 0.0)), sem="relaxed")
-            inner = (distance > -radius) & (distance < radius)
-        else:
-            inner = (distance >= -radius) & (distance <= radius)
-        tl.atomic_add(sums + radius + distance, total, mask=inner, sem="relaxed")
-
-
-@triton.jit
-def _store_pairs(
-    part, on_diagonal, left, right, before, after, reach, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """A program's part of the bias gradient, beyond what it added on its way."""
-    SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-    middle = part + reach * SIZE + _pair(BLOCK_M, BLOCK_N)
-    tl.store(middle, on_diagonal)
-    if reach > 0:
-        tl.store(middle - SIZE, left)
-        tl.store(middle + SIZE, right)
-    far = part + (2 * reach + 1) * SIZE + tl.arange(0, BLOCK_M)
-    tl.store(far, before)
-    tl.store(far + BLOCK_M, after)
 
 
 @triton.jit
@@ -273,13 +175,13 @@ def backward_query_kernel(
                     elif FAR and step > reach:
                         after += tl.sum(ds, 1)
                     else:  # no other program and no other thread adds there: the order is that of the loop
-                        pairs = grad_bias + (step + reach) * BLOCK_M * BLOCK_N + _pair(BLOCK_M, BLOCK_N)
-                        tl.atomic_add(pairs, ds, sem="relaxed")
+                        block = grad_bias + (step + reach) * BLOCK_M * BLOCK_N
+                        tl.atomic_add(block + pairs(BLOCK_M, BLOCK_N), ds, sem="relaxed")
                 else:
-                    _add_by_distance(grad_bias, ds, n_start, first, last, at, radius, BLOCK_M, BLOCK_N, FAR)
+                    add_by_distance(grad_bias, ds, n_start, first, last, at, radius, BLOCK_M, BLOCK_N, FAR)
         _store(grad_query, dq * scale, m_start, n_queries, grad_query_stride, d, D, BLOCK_M, BLOCK_D)
     if BIAS_GRAD and TILED:
-        _store_pairs(grad_bias, on_diagonal, left, right, before, after, reach, BLOCK_M, BLOCK_N)
+        store_pairs(grad_bias, on_diagonal, left, right, before, after, reach, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -323,28 +225,3 @@ def backward_key_kernel(
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
     _store(grad_key, dk * scale, n_start, n_keys, grad_key_stride, d, D, BLOCK_N, BLOCK_D)
     _store(grad_value, dv, n_start, n_keys, grad_value_stride, d, D, BLOCK_N, BLOCK_D)
-
-
-@triton.jit
-def bias_table_kernel(bias, table, radius, reach, BLOCK: tl.constexpr):
-    """[H, 2R+1] by distance -> [H, 2 * reach + 3, BLOCK, BLOCK] by block and pair, in units of log 2."""
-    m, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK) + (tl.program_id(0) - reach - 1) * BLOCK
-    distance = tl.minimum(tl.maximum(n[None, :] - m[:, None], -radius), radius)
-    tile = tl.load(bias + tl.program_id(1) * (2 * radius + 1) + distance + radius).to(tl.float32) * LOG2E
-    start = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
-    tl.store(table + start + _pair(BLOCK, BLOCK), tile)
-
-
-@triton.jit
-def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.constexpr):
-    """Adds sums by block and pair, and those before and after reach, to sums by distance [H, 2R+1] of a head."""
-    sums += tl.program_id(0) * stride
-    grad_bias += tl.program_id(0) * (2 * radius + 1)
-    m = tl.arange(0, BLOCK)
-    for step in range(2 * reach + 1):
-        ds = tl.load(sums + step * BLOCK * BLOCK + _pair(BLOCK, BLOCK))
-        start = (step - reach) * BLOCK
-        _add_by_distance(grad_bias, ds, start, m * 0 + start, m * 0 + start + BLOCK, m, radius, BLOCK, BLOCK, True)
-    far = sums + (2 * reach + 1) * BLOCK * BLOCK + m
-    tl.atomic_add(grad_bias, tl.sum(tl.load(far)), sem="relaxed")
-    tl.atomic_add(grad_bias + 2 * radius, tl.sum(tl.load(far + BLOCK)), sem="relaxed")

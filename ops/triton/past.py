@@ -47,8 +47,8 @@ def _kernel(
 def past_attention(packed: Tensor, past: Tensor, rows: Tensor, scale: float) -> Tensor:
     """See `ops.past.past_attention`; without gradients."""
     packed, rows = packed.contiguous(), rows.contiguous()
-    past = past if past[0].is_contiguous() else past.contiguous()
     sequences, _, heads, width = packed.shape
+    past = past if past.stride()[1:] == (heads * width, width, 1) else past.contiguous()
     out = torch.empty(sequences, heads, width, dtype=packed.dtype, device=packed.device)
     if sequences:
         block_d = triton.next_power_of_2(width)

@@ -203,21 +203,23 @@ def _relu_forward(x, out, seed, size, threshold, kept_scale, BLOCK: tl.constexpr
     columns = tl.arange(0, BLOCK)
     place = row * BLOCK + columns
     values = tl.load(x + place, mask=place < size, other=0.0).to(tl.float32)
-    values = tl.where(_kept(seed, row, columns, threshold), tl.maximum(values, 0.0) * kept_scale, 0.0)
+    values = tl.where(values < 0, 0.0, values * kept_scale)  # what is not a number stays so
+    values = tl.where(_kept(seed, row, columns, threshold), values, 0.0)
     tl.store(out + place, values.to(out.dtype.element_ty), mask=place < size)
 
 
 @triton.jit
 def _relu_backward(out, grad_out, grad_x, size, kept_scale, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    passed = tl.load(out + place, mask=place < size, other=0.0) > 0
+    stopped = tl.load(out + place, mask=place < size, other=0.0) <= 0
     grad = tl.load(grad_out + place, mask=place < size, other=0.0).to(tl.float32) * kept_scale
-    tl.store(grad_x + place, tl.where(passed, grad, 0.0).to(grad_x.dtype.element_ty), mask=place < size)
+    tl.store(grad_x + place, tl.where(stopped, 0.0, grad).to(grad_x.dtype.element_ty), mask=place < size)
 
 
 @torch.library.custom_op("retrieval::relu_dropout", mutates_args=())
 def relu_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """dropout(relu(x)), same shape and dtype; seed: [1] int64. Its gradient passes where the output is positive."""
+    """dropout(relu(x)), same shape and dtype; seed: [2] int64, the first of which counts. Its gradient passes where the
+    output is positive."""
     x = x.contiguous()
     out = _like(x)
     if x.numel():

@@ -1,7 +1,8 @@
 """Copies of rows between layouts: jagged, padded, and joined with the rows of another jagged tensor.
 
 A row is one stretch of memory in every layout, so a program moves a stretch of it, whatever the shape of a value. Each
-value is read and written once; the limit is the copy bandwidth of the device. The gradient is the copy back.
+value is read and written once; the limit is the copy bandwidth of the device. The gradient is the copy back. Offsets
+are int64, from which places in memory get their width.
 """
 
 import torch

@@ -75,6 +75,12 @@ def test_prepend_puts_one_value_in_front_of_each_row(lengths):
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
+def test_rows_of_different_dtypes_are_not_joined():
+    rows = random_rows([1, 2], DIM)
+    with pytest.raises(ValueError, match="one dtype, not torch.float32 and torch.float64"):
+        jagged_prepend(torch.zeros(2, DIM), rows)
+
+
 def attention_by_row(query, key, value, bias, key_limits, scale) -> Tensor:
     """torch's own attention, one row and one query at a time, over the keys that the query sees."""
     limits = key_limits.split(query.lengths.tolist()) if key_limits is not None else [None] * query.batch_size

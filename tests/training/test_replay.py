@@ -4,6 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from data.schemas import Samples
+from data.utils import SequenceSource, tokenize
+from modules.generation.trie import Trie
+from tests.data.test_utils import to_interactions
+from tests.modules.helpers import make_model as make_retriever
+from tests.modules.helpers import random_catalogue
 from training.replay import Replay
 
 
@@ -64,3 +70,42 @@ def test_recorded_passes_give_the_losses_and_gradients_of_called_ones(clear):
     assert len(calls) < 12 and set(calls) == {3, 4}
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def training_steps(device: torch.device, recorded: bool) -> list[torch.Tensor]:
+    """Losses and gradients of the retriever over some steps with dropout, as train_decoder.py makes them."""
+    codes, sizes = random_catalogue(30, seed=1)
+    rows = [[(7 * user + n) % 30 for n in range(2 + user % 6)] for user in range(20)]
+    last = torch.tensor([len(row) - 1 for row in rows])
+    samples = Samples(torch.arange(20), last, torch.zeros_like(last))
+    source = SequenceSource(to_interactions(rows), samples, 5, device, every_position=True)
+    model = make_retriever(sizes, dropout=0.1, head_dim=16).to(device).train()
+    trie = Trie.build(codes).to(device)
+
+    def passes(size: int, index: torch.Tensor) -> torch.Tensor:
+        loss = model(tokenize(source.device_batch(index, None, size, fillers=12), trie.item_codes), trie).loss
+        loss.backward()
+        return loss.detach()
+
+    replay, results = Replay(passes, model, device, recorded), []
+    for step in range(4):
+        torch.manual_seed(step)
+        model.zero_grad(set_to_none=True)
+        index = torch.arange(step, step + 12)
+        loss = replay(60 + 30 * (step % 2), index)
+        results += [loss.clone(), *(p.grad.clone() for p in model.parameters())]
+    return results
+
+
+def test_steps_of_the_retriever_are_reproducible():
+    first, again = (training_steps(torch.device("cpu"), recorded=False) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert len({float(grad.abs().sum()) for grad in first}) > len(first) // 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_of_the_retriever_are_the_called_ones():
+    called, recorded = (training_steps(torch.device("cuda"), kind) for kind in (False, True))
+    for mine, theirs in zip(recorded, called, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

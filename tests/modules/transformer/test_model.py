@@ -1,5 +1,6 @@
 """Encoder and decoder against transformers' T5 with the same weights, and the decoder's cache."""
 
+import pytest
 import torch
 from transformers import T5Config, T5Model
 
@@ -153,3 +154,9 @@ def test_each_sequence_looks_at_what_it_may_see_of_its_user_and_from_there():
         view = MemoryView(torch.tensor([0, 1]), 1, torch.full((4,), len(row)))
         alone, _ = decoder(x[sequence : sequence + 1], own, view)
         torch.testing.assert_close(together[sequence], alone[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0])
+def test_dropout_is_a_probability_below_1(dropout):
+    with pytest.raises(ValueError, match=f"dropout is {dropout}; it must be from 0 to below 1"):
+        TransformerConfig(dim=12, ff_dim=20, n_heads=3, head_dim=5, dropout=dropout)

@@ -18,6 +18,7 @@ ROWS = {
     "several blocks": ([70, 4, 33], [70, 4, 33]),
     "many queries": ([1, 100], [3, 9]),
     "long keys": ([2, 40], [5, 230]),
+    "long rows": ([230, 5], [230, 5]),
 }
 
 
@@ -86,12 +87,20 @@ def test_one_bias_for_all_distances_has_no_gradient():
     assert float(actual[-1].abs().max()) < 1e-4
 
 
-def test_equal_inputs_give_equal_bits():
-    torch.manual_seed(1)
-    first = both([70, 4, 33], [70, 4, 33], "causal", 40, torch.float32)[1]
-    torch.manual_seed(1)
-    again = both([70, 4, 33], [70, 4, 33], "causal", 40, torch.float32)[1]
-    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+@pytest.mark.parametrize("radius", [5, 100])
+@pytest.mark.parametrize("mask", ["all", "causal", "limits"])
+def test_equal_inputs_give_equal_bits(mask, radius):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        results.append(both([70, 4, 33], [70, 4, 33], mask, radius, torch.float32)[1])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_only_the_output_has_a_gradient():
+    offsets, packed = torch.tensor([0, 3], device=DEVICE), torch.randn(3, 3, 2, 16, device=DEVICE, requires_grad=True)
+    out, lse, ranges = attention(packed, None, offsets, offsets, 3, 3)
+    assert out.requires_grad and not lse.requires_grad and not ranges.requires_grad
 
 
 def test_no_graph_break_under_compile():

@@ -35,6 +35,12 @@ def test_the_past_may_be_a_view():
     torch.testing.assert_close(actual, kernels.past_attention(packed, past, rows, 0.3))
 
 
+def test_there_may_be_no_past():
+    packed, past, _ = (tensor.float() for tensor in draw(3, 1, 1, 2, 16))
+    out = kernels.past_attention(packed, past[:0], torch.zeros(3, 0, dtype=torch.int64, device=DEVICE), 0.3)
+    torch.testing.assert_close(out, packed[:, 2])
+
+
 def test_twin_is_scaled_dot_product_attention():
     packed, past, rows = draw(11, 3, 20, 2, 8)
     seen = torch.cat([past[rows], packed[:, None, 1:]], 1)  # [S, P + 1, 2, H, D]

@@ -97,6 +97,15 @@ def test_relu_and_dropout(shape, dtype):
     close(torch.autograd.grad((out * by).sum(), x)[0], torch.autograd.grad((expected * by).sum(), wide)[0], dtype)
 
 
+def test_what_is_not_a_number_passes():
+    x = torch.full((2048,), float("nan"), device=DEVICE, requires_grad=True)
+    out = kernels.relu_dropout(x, seed(), 0.4)
+    passed = out.isnan()
+    assert 0.5 < float(passed.double().mean()) < 0.7 and not out[~passed].any()
+    grad = torch.autograd.grad(out, x, torch.ones_like(out))[0]
+    torch.testing.assert_close(grad, passed / 0.6)
+
+
 def test_masks_drop_the_share_they_should_and_differ_by_seed_row_and_column():
     mask = reference.kept(SEED, 400, 500, 0.3)
     assert abs(float(mask.double().mean()) - 0.7) < 5 * (0.21 / mask.numel()) ** 0.5

@@ -1,0 +1,121 @@
+"""The position bias of attention as tiles, and its gradient from tiles: biases depend on distance alone.
+
+Blocks with the same distance from the diagonal hold the same distances at the same places.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+BEYOND = tl.constexpr(2**31 - 1)  # no token
+
+
+@triton.jit
+def pairs(M: tl.constexpr, N: tl.constexpr):
+    """Place of each pair of a block in memory. [M, N]"""
+    return tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+
+
+@triton.jit
+def add_by_distance(
+    sums, ds, n_start, first, last, place, radius, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAR: tl.constexpr
+):
+    """sums[clamp(n - place, -radius, radius) + radius] += ds, [BLOCK_M, BLOCK_N], in memory that is the program's own.
+
+    Windows of distances are twice as wide as the block; each row of ds, moved by its place, is a row of the window.
+    They start at multiples of their width, so that the same thread adds to a sum each time. Outside the keys first to
+    last - 1 that a query sees, ds is 0. FAR: some distances are beyond the radius.
+    """
+    SPAN: tl.constexpr = 2 * BLOCK_N
+    slot = tl.arange(0, SPAN)
+    first, last = tl.maximum(first, n_start), tl.minimum(last, n_start + BLOCK_N)
+    visible = first < last
+    lowest = tl.min(tl.where(visible, first - place, BEYOND))
+    highest = tl.max(tl.where(visible, last - 1 - place, -BEYOND))
+    for start in range(lowest & -SPAN, highest + 1, SPAN):
+        column = start + slot[None, :] + place[:, None] - n_start  # [BLOCK_M, SPAN]
+        inside = (column >= 0) & (column < BLOCK_N) & visible[:, None]
+        moved = tl.gather(ds, tl.minimum(tl.maximum(column, 0), BLOCK_N - 1), 1)
+        total = tl.sum(tl.where(inside, moved, 0.0), 0)  # [SPAN], of the distances start + slot
+        distance = start + slot
+        if FAR:
+            below = (distance <= -radius) | (radius == 0)
+            tl.atomic_add(sums, tl.sum(tl.where(below, total, 0.0)), sem="relaxed")
+            above = (distance >= radius) & (radius > 0)
+            tl.atomic_add(sums + 2 * radius, tl.sum(tl.where(above, total, 0.0)), sem="relaxed")
+            inner = (distance > -radius) & (distance < radius)
+        else:
+            inner = (distance >= -radius) & (distance <= radius)
+        tl.atomic_add(sums + radius + distance, total, mask=inner, sem="relaxed")
+
+
+@triton.jit
+def store_pairs(
+    part, on_diagonal, left, right, before, after, reach, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """A program's part of the bias gradient, beyond what it added on its way."""
+    SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+    middle = part + reach * SIZE + pairs(BLOCK_M, BLOCK_N)
+    tl.store(middle, on_diagonal)
+    if reach > 0:
+        tl.store(middle - SIZE, left)
+        tl.store(middle + SIZE, right)
+    far = part + (2 * reach + 1) * SIZE + tl.arange(0, BLOCK_M)
+    tl.store(far, before)
+    tl.store(far + BLOCK_M, after)
+
+
+@triton.jit
+def bias_table_kernel(bias, table, radius, reach, BLOCK: tl.constexpr):
+    """[H, 2R+1] by distance -> [H, 2 * reach + 3, BLOCK, BLOCK] by block and pair, in units of log 2."""
+    m, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK) + (tl.program_id(0) - reach - 1) * BLOCK
+    distance = tl.minimum(tl.maximum(n[None, :] - m[:, None], -radius), radius)
+    tile = tl.load(bias + tl.program_id(1) * (2 * radius + 1) + distance + radius).to(tl.float32) * LOG2E
+    start = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
+    tl.store(table + start + pairs(BLOCK, BLOCK), tile)
+
+
+@triton.jit
+def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.constexpr):
+    """Adds sums by block and pair, and those before and after reach, to sums by distance [H, 2R+1] of a head."""
+    sums += tl.program_id(0) * stride
+    grad_bias += tl.program_id(0) * (2 * radius + 1)
+    m = tl.arange(0, BLOCK)
+    for step in range(2 * reach + 1):
+        ds = tl.load(sums + step * BLOCK * BLOCK + pairs(BLOCK, BLOCK))
+        start = (step - reach) * BLOCK
+        add_by_distance(grad_bias, ds, start, m * 0 + start, m * 0 + start + BLOCK, m, radius, BLOCK, BLOCK, True)
+    far = sums + (2 * reach + 1) * BLOCK * BLOCK + m
+    tl.atomic_add(grad_bias, tl.sum(tl.load(far)), sem="relaxed")
+    tl.atomic_add(grad_bias + 2 * radius, tl.sum(tl.load(far + BLOCK)), sem="relaxed")
+
+
+def bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[Tensor | None, int, int, int]:
+    """The bias as the attention kernels read it, the size of a head's part, R, and how many blocks from the diagonal
+    there are distances below R."""
+    if bias is None:
+        return None, 0, 0, 0
+    bias = bias.contiguous()
+    radius, block = bias.shape[1] // 2, constants["BLOCK_M"]
+    if not constants["TILED"]:
+        return bias, bias.shape[1], radius, 0
+    reach = min(farthest(max_length, block), (radius + block - 2) // block)
+    table = torch.empty(len(bias), 2 * reach + 3, block, block, dtype=torch.float32, device=bias.device)
+    bias_table_kernel[(2 * reach + 3, len(bias))](bias, table, radius, reach, block)
+    return table, table.stride(0), radius, reach
+
+
+def farthest(max_length: int, block: int) -> int:
+    """How many blocks two tokens of a row can be apart."""
+    return triton.cdiv(max(max_length - 1, 0), block)
+
+
+def bias_gradient(sums: Tensor, bias: Tensor, constants: dict, radius: int, reach: int) -> Tensor:
+    """From the sums of all programs [H, width] -> [H, 2R+1] float32."""
+    if not constants["TILED"]:
+        return sums
+    grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+    sum_diagonals_kernel[(len(bias),)](sums, grad_bias, sums.shape[1], radius, reach, constants["BLOCK_M"])
+    return grad_bias
