@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.timing import copy_bandwidth, heading, quantiles, row
+from benchmarks.timing import copy_bandwidth, heading, quantiles, replayed, row
 from benchmarks.training import N_ITEMS, catalogue
 from modules.generation.trie import Trie
 from modules.rqvae import RqVae
@@ -20,27 +20,13 @@ from ops.trie import trie_cross_entropy
 from training.flat import FlatAdamW
 
 
-def recorded(function: Callable[[], object]) -> Callable[[], None]:
-    """The replay of one call of the function as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 def compare(name: str, functions: dict[str, Callable], leaves: list[Tensor], grad: Tensor, limits: tuple) -> None:
     """Forward, and forward with the gradients of the leaves, of the kernel and its twin. limits: in microseconds."""
     print(f"\n{name}\n  {'microseconds':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
     for title, function in functions.items():
-        forward = recorded(lambda function=function: function(*(leaf.detach() for leaf in leaves)))
+        forward = replayed(lambda function=function: function(*(leaf.detach() for leaf in leaves)))
         row(f"{title}, forward", quantiles(forward), limits[0])
-        both = recorded(lambda function=function: torch.autograd.grad(function(*leaves), leaves, grad))
+        both = replayed(lambda function=function: torch.autograd.grad(function(*leaves), leaves, grad))
         row(f"{title}, forward + backward", quantiles(both), sum(limits))
 
 
@@ -107,9 +93,9 @@ def compare_updates(bandwidth: float) -> None:
     print(f"\nclipping and AdamW of {n:,} parameters")
     print(f"  {'microseconds':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
     limit = 1e6 * 28 * n / bandwidth  # four numbers are read, three written
-    row("torch", quantiles(recorded(by_torch)), limit)
+    row("torch", quantiles(replayed(by_torch)), limit)
     flat = FlatAdamW(optimizer, 1.0)
-    row("kernel", quantiles(recorded(lambda: flat.step(rate))), limit)
+    row("kernel", quantiles(replayed(lambda: flat.step(rate))), limit)
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ import torch
 import triton
 from triton.testing import do_bench
 
+from training.replay import record
+
 
 def heading() -> None:
     """The card and the versions that all figures below belong to."""
@@ -19,15 +21,7 @@ def quantiles(function: Callable, milliseconds: int = 100) -> tuple[float, float
 
 def replayed(function: Callable) -> Callable:
     """The function's work on the device, recorded as a CUDA graph: what it takes where the host does not hold it up."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = function()
+    graph, output = record(function)
     graph.output = output  # lives as long as the graph
     return graph.replay
 
