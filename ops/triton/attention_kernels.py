@@ -44,6 +44,17 @@ def _store(pointer, values, start, size, stride, d, D: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
+def _seen(begin, end, place, m, n_queries, PLACES: tl.constexpr):
+    """The keys first to last - 1 that each of the queries m sees, none beyond the end, and their places if needed."""
+    first = tl.load(begin + m, mask=m < n_queries, other=BEYOND)
+    last = tl.load(end + m, mask=m < n_queries, other=0)
+    if PLACES:
+        return first, last, tl.load(place + m, mask=m < n_queries, other=0)
+    else:
+        return first, last, first
+
+
+@triton.jit
 def _scores(
     q, k, n, first, last, place, bias, step, radius, reach, scale,
     HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
@@ -80,9 +91,7 @@ def forward_kernel(
     if HAS_BIAS:
         bias += head * bias_stride
     d, m = tl.arange(0, BLOCK_D), m_start + tl.arange(0, BLOCK_M)
-    first = tl.load(begin + m, mask=m < n_queries, other=BEYOND)
-    last = tl.load(end + m, mask=m < n_queries, other=0)
-    at = tl.load(place + m, mask=m < n_queries, other=0) if HAS_BIAS and not TILED else first
+    first, last, at = _seen(begin, end, place, m, n_queries, HAS_BIAS and not TILED)
     q = _load(query, m_start, n_queries, q_stride, d, D, BLOCK_M, BLOCK_D)
     largest = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -140,9 +149,7 @@ def backward_query_kernel(
     jump = tl.num_programs(0) // n_heads * BLOCK_M
     for m_start in range(tl.program_id(0) // n_heads * BLOCK_M, n_queries, jump):
         m = m_start + tl.arange(0, BLOCK_M)
-        first = tl.load(begin + m, mask=m < n_queries, other=BEYOND)
-        last = tl.load(end + m, mask=m < n_queries, other=0)
-        at = tl.load(place + m, mask=m < n_queries, other=0) if HAS_BIAS and not TILED else first
+        first, last, at = _seen(begin, end, place, m, n_queries, HAS_BIAS and not TILED)
         q = _load(query, m_start, n_queries, q_stride, d, D, BLOCK_M, BLOCK_D)
         do = _load(grad_out, m_start, n_queries, grad_out_stride, d, D, BLOCK_M, BLOCK_D)
         o = _load(out, m_start, n_queries, out_stride, d, D, BLOCK_M, BLOCK_D)
@@ -208,9 +215,7 @@ def backward_key_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for m_start in range(low // BLOCK_M * BLOCK_M if TILED else low, high, BLOCK_M):
         m = m_start + tl.arange(0, BLOCK_M)
-        first = tl.load(begin + m, mask=m < n_queries, other=BEYOND)
-        last = tl.load(end + m, mask=m < n_queries, other=0)
-        at = tl.load(place + m, mask=m < n_queries, other=0) if HAS_BIAS and not TILED else first
+        first, last, at = _seen(begin, end, place, m, n_queries, HAS_BIAS and not TILED)
         q = _load(query, m_start, n_queries, q_stride, d, D, BLOCK_M, BLOCK_D)
         do = _load(grad_out, m_start, n_queries, grad_out_stride, d, D, BLOCK_M, BLOCK_D)
         normalizer = tl.load(lse + m, mask=m < n_queries, other=0.0)
