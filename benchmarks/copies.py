@@ -2,8 +2,9 @@
 
     python -m benchmarks.copies
 
-Needs a CUDA GPU. The limit is the device's copy bandwidth over the bytes that must be read and written. All but boolean
-masks are timed as CUDA graphs, without the host.
+Needs a CUDA GPU. The limit is the bandwidth of a large device copy over the bytes that must be read and written. All
+but boolean masks are timed as CUDA graphs, without the host: small copies several in one graph, as they stand in a
+training step, each on memory of its own, so that none finds anything in the cache.
 """
 
 import torch
@@ -14,30 +15,39 @@ from ops import reference
 from ops.jagged import lengths_to_offsets
 from ops.triton import rows as kernels
 
+TOGETHER = 1 << 30  # bytes that the copies of a graph move
+
 
 def compare(lengths: torch.Tensor, width: int, dtype: torch.dtype, bandwidth: float) -> None:
     offsets, total, longest = lengths_to_offsets(lengths).cuda(), int(lengths.sum()), int(lengths.max())
-    values = torch.randn(total, width, device="cuda", dtype=dtype)
-    padded = reference.jagged_to_padded(values, offsets, longest)
-    users, mask = len(lengths), torch.arange(longest, device="cuda") < offsets.diff()[:, None]
-    prefix = torch.randn(users, width, device="cuda", dtype=dtype)
+    users, mask = len(lengths), torch.arange(longest, device="cuda") < lengths.cuda()[:, None]
     ones = torch.arange(users + 1, device="cuda")
-    unit = width * values.element_size() / bandwidth * 1e6  # microseconds to move one row of values once
-    print(f"\n[{users}, {longest}, {width}] {str(dtype)[6:]}, {total:,} values")
-    print(f"  {'microseconds':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
-    limit = (total + users * longest) * unit
+    size = width * dtype.itemsize  # bytes of a value
+    times = -(-TOGETHER // (2 * total * size))
+    values = [torch.randn(total, width, device="cuda", dtype=dtype) for _ in range(times)]
+    padded = [reference.jagged_to_padded(v, offsets, longest) for v in values]
+    prefix = torch.randn(users, width, device="cuda", dtype=dtype)
+    print(f"\n[{users}, {longest}, {width}] {str(dtype)[6:]}, {total:,} values, {times} copies in a graph")
+    print(f"  {'microseconds a copy':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
 
-    def line(name: str, function, limit: float) -> None:
-        row(name, quantiles(function if "mask" in name else replayed(function)), limit)
+    def line(name: str, function, tensors: list[torch.Tensor], values_moved: int) -> None:
+        graph = replayed(lambda: [function(tensor) for tensor in tensors])
+        row(name, tuple(t / times for t in quantiles(graph)), values_moved * size / bandwidth * 1e6)
 
-    line("jagged to padded", lambda: kernels.jagged_to_padded(values, offsets, longest), limit)
-    line("jagged to padded, torch index copy", lambda: reference.jagged_to_padded(values, offsets, longest), limit)
-    line("jagged to padded, boolean mask", lambda: padded.new_zeros(padded.shape).index_put((mask,), values), limit)
-    line("padded to jagged", lambda: kernels.padded_to_jagged(padded, offsets, total), 2 * total * unit)
-    line("padded to jagged, boolean mask", lambda: padded[mask], 2 * total * unit)
-    joined = 2 * (total + users) * unit
-    line("prepend", lambda: kernels.concat_rows(prefix, values, ones, offsets, 1, longest), joined)
-    line("prepend, torch index copy", lambda: reference.jagged_concat(prefix, values, ones, offsets), joined)
+    line("torch's copy of the values", torch.clone, values, 2 * total)
+    moved = total + users * longest
+    line("jagged to padded", lambda v: kernels.jagged_to_padded(v, offsets, longest), values, moved)
+    line("jagged to padded, torch index copy", lambda v: reference.jagged_to_padded(v, offsets, longest), values, moved)
+    line("padded to jagged", lambda p: kernels.padded_to_jagged(p, offsets, total), padded, 2 * total)
+    moved = 2 * (total + users)
+    line("prepend", lambda v: kernels.concat_rows(prefix, v, ones, offsets, 1, longest), values, moved)
+    line("prepend, torch index copy", lambda v: reference.jagged_concat(prefix, v, ones, offsets), values, moved)
+
+    def put() -> torch.Tensor:
+        return padded[0].new_zeros(padded[0].shape).index_put((mask,), values[0])
+
+    row("jagged to padded, boolean mask", quantiles(put), (total + users * longest) * size / bandwidth * 1e6)
+    row("padded to jagged, boolean mask", quantiles(lambda: padded[0][mask]), 2 * total * size / bandwidth * 1e6)
 
 
 def main() -> None:

@@ -91,9 +91,13 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
         optimizer.zero_grad(set_to_none=True)
         return loss
 
-    start = time.perf_counter()
-    for number in range(args.warmup):
-        loss = step(number)
+    start, sizes_seen = time.perf_counter(), set()
+    for number in range(args.warmup + 3 * args.steps):  # the timed steps find every size recorded
+        index, uniform = shuffler.draw(number)
+        size = filled_size(source.n_items(index, uniform), fillers, MAX_ITEMS)
+        if number < args.warmup or graphed and size not in sizes_seen:
+            loss = step(number)
+        sizes_seen.add(size)
     float(loss)
     ready = time.perf_counter() - start
     rates = []
@@ -114,7 +118,7 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
         f"({min(rates)[0]:,.0f} to {max(rates)[0]:,.0f}), {steps_s:.1f} steps/s, {operations_s / 1e12:.1f} TFLOP/s"
         + (f" ({operations_s / peak:.0%} of the matrix rate)" if peak else "")
         + f", {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"first {args.warmup} steps {ready:.0f} s, {memory:.1f} GiB, "
+        f"before that {ready:.0f} s for {len(sizes_seen) if graphed else 0} recordings, {memory:.1f} GiB, "
         f"loss {float(loss):.3f}",
         flush=True,
     )

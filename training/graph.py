@@ -57,7 +57,7 @@ class TokenizerStep:
         weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         rate, temperature = self.settings
         self._passes(temperature)  # shows which parameters have a gradient
-        flat = FlatAdamW(self.optimizer, self.max_norm)
+        self.flat = flat = FlatAdamW(self.optimizer, self.max_norm)  # kept: the graph reads its tensors
         self.optimizer.zero_grad(set_to_none=True)
         before = flat.state.clone(), flat.steps.clone()
 

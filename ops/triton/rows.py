@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BYTES = 16384  # that a program moves at a time
+BYTES = 8192  # that a program moves at a time
 
 
 @triton.jit
