@@ -10,6 +10,7 @@ from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BEYOND = tl.constexpr(2**31 - 1)  # no token
+SPAN = 64  # distances whose gradients a program sums
 
 
 @triton.jit
@@ -78,18 +79,35 @@ def bias_table_kernel(bias, table, radius, reach, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.constexpr):
-    """Adds sums by block and pair, and those before and after reach, to sums by distance [H, 2R+1] of a head."""
+def _diagonals(sums, distance, reach, BLOCK: tl.constexpr):
+    """Sums by block and pair -> sums over all pairs at each distance, [SPAN]."""
+    m = tl.arange(0, BLOCK)[:, None]
+    column = distance[None, :] + m + reach * BLOCK  # of the block rows side by side
+    inside = (column >= 0) & (column < (2 * reach + 1) * BLOCK)
+    place = column // BLOCK * (BLOCK * BLOCK) + m * BLOCK + column % BLOCK
+    return tl.sum(tl.load(sums + place, mask=inside, other=0.0), 0)
+
+
+@triton.jit
+def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+    """Sums by block and pair, and those before and after reach, to sums by distance [H, 2R+1], SPAN in a program."""
     sums += tl.program_id(0) * stride
-    grad_bias += tl.program_id(0) * (2 * radius + 1)
-    m = tl.arange(0, BLOCK)
-    for step in range(2 * reach + 1):
-        ds = tl.load(sums + step * BLOCK * BLOCK + pairs(BLOCK, BLOCK))
-        start = (step - reach) * BLOCK
-        add_by_distance(grad_bias, ds, start, m * 0 + start, m * 0 + start + BLOCK, m, radius, BLOCK, BLOCK, True)
-    far = sums + (2 * reach + 1) * BLOCK * BLOCK + m
-    tl.atomic_add(grad_bias, tl.sum(tl.load(far)), sem="relaxed")
-    tl.atomic_add(grad_bias + 2 * radius, tl.sum(tl.load(far + BLOCK)), sem="relaxed")
+    slot = tl.arange(0, SPAN)
+    distance = tl.program_id(1) * SPAN - radius + slot
+    total = tl.where((distance > -radius) & (distance < radius), _diagonals(sums, distance, reach, BLOCK), 0.0)
+    far = sums + (2 * reach + 1) * BLOCK * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 0:
+        beyond = tl.sum(tl.load(far))
+        for start in range(-(reach + 1) * BLOCK, 1 - radius, SPAN):
+            here = start + slot
+            beyond += tl.sum(tl.where(here <= -radius, _diagonals(sums, here, reach, BLOCK), 0.0))
+        total += tl.where(distance == -radius, beyond, 0.0)
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        beyond = tl.sum(tl.load(far + BLOCK))
+        for start in range(tl.maximum(radius, 1), (reach + 1) * BLOCK, SPAN):
+            beyond += tl.sum(_diagonals(sums, start + slot, reach, BLOCK))
+        total += tl.where(distance == radius, beyond, 0.0)
+    tl.store(grad_bias + tl.program_id(0) * (2 * radius + 1) + radius + distance, total, mask=distance <= radius)
 
 
 def bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[Tensor | None, int, int, int]:
@@ -116,6 +134,7 @@ def bias_gradient(sums: Tensor, bias: Tensor, constants: dict, radius: int, reac
     """From the sums of all programs [H, width] -> [H, 2R+1] float32."""
     if not constants["TILED"]:
         return sums
-    grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-    sum_diagonals_kernel[(len(bias),)](sums, grad_bias, sums.shape[1], radius, reach, constants["BLOCK_M"])
+    grad_bias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+    grid = len(bias), triton.cdiv(bias.shape[1], SPAN)
+    sum_diagonals_kernel[grid](sums, grad_bias, sums.shape[1], radius, reach, constants["BLOCK_M"], SPAN)
     return grad_bias
