@@ -13,7 +13,7 @@ import time
 import torch
 from accelerate import Accelerator
 
-from benchmarks.training import MAX_ITEMS, N_ITEMS, WIDE, beauty_like, catalogue
+from benchmarks.training import MAX_ITEMS, WIDE, beauty_like, catalogue, full_length, mark, seconds_between
 from data.schemas import Interactions, Samples
 from data.utils import SequenceSource
 from modules.generation.trie import Trie
@@ -21,13 +21,6 @@ from modules.model import EncoderDecoderRetrievalModel
 from training.evaluate import Evaluation
 
 REPEATS = 3  # rounds over all users
-
-
-def padded(users: int) -> Interactions:
-    """Histories of the greatest length, and a target each."""
-    generator = torch.Generator().manual_seed(0)
-    items = torch.randint(0, N_ITEMS, (users * (MAX_ITEMS + 1),), generator=generator, dtype=torch.int32)
-    return Interactions(items, torch.arange(users + 1) * (MAX_ITEMS + 1))
 
 
 def last_of_each(data: Interactions, device: torch.device) -> SequenceSource:
@@ -42,26 +35,13 @@ def batch_times(evaluation: Evaluation, source: SequenceSource) -> list[float]:
     for batch in evaluation.batches(source):
         evaluation.items(batch)
         marks.append(mark(source.device))
-    pairs = list(zip(marks, marks[1:], strict=False))
-    if source.device.type == "cpu":
-        return [end - start for start, end in pairs]
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-
-
-def mark(device: torch.device):
-    """A moment: of the host, or of the GPU's stream."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    return seconds_between(marks)
 
 
 def measure(options: dict, batch_size: int, beams: int, kind: str, args) -> None:
     accelerator = Accelerator(mixed_precision="bf16" if args.dtype == "bfloat16" else "no", cpu=args.device == "cpu")
     device, (codes, sizes) = accelerator.device, catalogue()
-    data = padded(args.users) if kind == "padded" else beauty_like(args.users)
+    data = full_length(args.users) if kind == "padded" else beauty_like(args.users)
     source, trie = last_of_each(data, device), Trie.build(codes).to(device)
     torch.manual_seed(0)
     model = EncoderDecoderRetrievalModel(sizes, **options).to(device).eval()

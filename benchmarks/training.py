@@ -2,8 +2,9 @@
 
     python -m benchmarks.training
 
-An example is a target item. "one target": each history has one, as in the original TIGER; "all positions": one pass
-over a history serves each of its items as a target.
+An example is a target item. "one": each history has one target, as in the original TIGER; "bidirectional": the same
+with an encoder that sees whole histories; "padded": the same with every history as long as the longest, which is what a
+padded model computes; "all": one pass over a history serves each of its items as a target.
 """
 
 import argparse
@@ -33,6 +34,13 @@ def beauty_like(users: int = 22_363) -> Interactions:
     return Interactions(torch.randint(0, N_ITEMS, (int(offsets[-1]),), generator=generator, dtype=torch.int32), offsets)
 
 
+def full_length(users: int = 22_363) -> Interactions:
+    """Histories of the greatest length, and a target each."""
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randint(0, N_ITEMS, (users * (MAX_ITEMS + 1),), generator=generator, dtype=torch.int32)
+    return Interactions(items, torch.arange(users + 1) * (MAX_ITEMS + 1))
+
+
 def catalogue() -> tuple[torch.Tensor, tuple[int, ...]]:
     """Unique codes of four levels: three of 256 codes, and one that is mostly 0."""
     generator = torch.Generator().manual_seed(0)
@@ -40,6 +48,24 @@ def catalogue() -> tuple[torch.Tensor, tuple[int, ...]]:
     codes = torch.stack([numbers // 65536, numbers // 256 % 256, numbers % 256, torch.zeros_like(numbers)], 1)
     codes[::40, 3] = 1
     return codes, (256, 256, 256, 2)
+
+
+def mark(device: torch.device) -> float | torch.cuda.Event:
+    """A moment: of the host, or of the GPU's stream."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(marks: list) -> list[float]:
+    """Of each moment to the next; waits for the GPU."""
+    pairs = list(zip(marks, marks[1:], strict=False))
+    if isinstance(marks[0], float):
+        return [end - start for start, end in pairs]
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
 def operations(model: EncoderDecoderRetrievalModel, tokens: float, targets: float) -> float:
@@ -51,9 +77,9 @@ def operations(model: EncoderDecoderRetrievalModel, tokens: float, targets: floa
     return 6 * (tokens * (encoder + memory) + 4 * targets * decoder)
 
 
-def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: bool, args, peak: float) -> None:
-    device = torch.device(args.device)
-    data, (codes, sizes) = beauty_like(), catalogue()
+def measure(options: dict, batch_size: int, kind: str, args, peak: float | None) -> None:
+    device, all_positions = torch.device(args.device), kind == "all"
+    data, (codes, sizes) = full_length() if kind == "padded" else beauty_like(), catalogue()
     lengths = data.offsets.diff()
     samples = windows(lengths, MAX_ITEMS) if all_positions else every_prefix(lengths)
     if not all_positions:  # the longest history of each user: the lengths that the table above is about
@@ -63,7 +89,7 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
     trie = Trie.build(codes).to(device)
     torch.manual_seed(0)
     model = EncoderDecoderRetrievalModel(sizes, **options, prefix_buckets=args.prefix_buckets,
-                                         causal_encoder=not bidirectional).to(device)  # fmt: skip
+                                         causal_encoder=kind != "bidirectional").to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     forward = torch.compile(model, dynamic=True) if args.compile else model
     graphed = device.type == "cuda" and not args.eager
@@ -100,22 +126,25 @@ def measure(options: dict, batch_size: int, all_positions: bool, bidirectional: 
         sizes_seen.add(size)
     float(loss)
     ready = time.perf_counter() - start
-    rates = []
+    rates, times = [], []
     for part in range(3):
         examples = items = 0
-        start = time.perf_counter()
+        marks = [mark(device)]
         for number in range(args.steps):
             loss = step(args.warmup + part * args.steps + number)
-        float(loss)
-        seconds = time.perf_counter() - start
+            marks.append(mark(device))
+        times += seconds_between(marks)
+        seconds = sum(times[-args.steps :])
         work = operations(model, 1 + 4 * items / (args.steps * batch_size), examples / (args.steps * batch_size))
         rates.append((examples / seconds, args.steps / seconds, work * batch_size * args.steps / seconds))
     examples_s, steps_s, operations_s = sorted(rates)[1]
+    p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).mul(1e3).tolist()
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0
-    kind = ("all positions" if all_positions else "one target") + (", bidirectional" if bidirectional else "")
+    title = {"all": "all positions", "one": "one target"}.get(kind, f"one target, {kind}")
     print(
-        f"d {options['dim']}, batch {batch_size}, {kind}, {args.dtype}: {examples_s:,.0f} examples/s "
-        f"({min(rates)[0]:,.0f} to {max(rates)[0]:,.0f}), {steps_s:.1f} steps/s, {operations_s / 1e12:.1f} TFLOP/s"
+        f"d {options['dim']}, batch {batch_size}, {title}, {args.dtype}: {examples_s:,.0f} examples/s "
+        f"({min(rates)[0]:,.0f} to {max(rates)[0]:,.0f}), {steps_s:.1f} steps/s; a step "
+        f"{p20:.2f} / {p50:.2f} / {p80:.2f} ms (p20 / p50 / p80); {operations_s / 1e12:.2f} TFLOP/s"
         + (f" ({operations_s / peak:.0%} of the matrix rate)" if peak else "")
         + f", {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"before that {ready:.0f} s for {len(sizes_seen) if graphed else 0} recordings, {memory:.1f} GiB, "
@@ -130,7 +159,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 4096] if torch.cuda.is_available() else [128])
     parser.add_argument("--dims", type=int, nargs="+", default=[384, 128])
-    parser.add_argument("--kinds", nargs="+", default=["one", "all"], choices=["one", "all", "bidirectional"])
+    parser.add_argument("--kinds", nargs="+", default=["one", "padded", "all"],
+                        choices=["one", "bidirectional", "padded", "all"])  # fmt: skip
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--prefix-buckets", type=int, default=0)
@@ -147,7 +177,7 @@ def main() -> None:
     for dim in args.dims:
         for kind in args.kinds:
             for batch in args.batch:
-                measure(WIDE | dict(dim=dim), batch, kind == "all", kind == "bidirectional", args, peak)
+                measure(WIDE | dict(dim=dim), batch, kind, args, peak)
 
 
 if __name__ == "__main__":
