@@ -88,6 +88,8 @@ def measure(options: dict, batch_size: int, kind: str, args, peak: float | None)
     source = SequenceSource(data, samples, MAX_ITEMS, device, all_positions)
     trie = Trie.build(codes).to(device)
     torch.manual_seed(0)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     model = EncoderDecoderRetrievalModel(sizes, **options, prefix_buckets=args.prefix_buckets,
                                          causal_encoder=kind != "bidirectional").to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
@@ -118,13 +120,14 @@ def measure(options: dict, batch_size: int, kind: str, args, peak: float | None)
         return loss
 
     start, sizes_seen = time.perf_counter(), set()
-    for number in range(args.warmup + 3 * args.steps):  # the timed steps find every size recorded
-        index, uniform = shuffler.draw(number)
+    for number in range(args.warmup):
+        float(step(number))
+    for number in range(3 * args.steps if graphed else 0):  # the timed steps find every size recorded
+        index, uniform = shuffler.draw(args.warmup + number)
         size = filled_size(source.n_items(index, uniform), fillers, MAX_ITEMS)
-        if number < args.warmup or graphed and size not in sizes_seen:
-            loss = step(number)
-        sizes_seen.add(size)
-    float(loss)
+        if size not in sizes_seen:
+            float(step(args.warmup + number))
+            sizes_seen.add(size)
     ready = time.perf_counter() - start
     rates, times = [], []
     for part in range(3):
@@ -147,7 +150,7 @@ def measure(options: dict, batch_size: int, kind: str, args, peak: float | None)
         f"{p20:.2f} / {p50:.2f} / {p80:.2f} ms (p20 / p50 / p80); {operations_s / 1e12:.2f} TFLOP/s"
         + (f" ({operations_s / peak:.0%} of the matrix rate)" if peak else "")
         + f", {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"before that {ready:.0f} s for {len(sizes_seen) if graphed else 0} recordings, {memory:.1f} GiB, "
+        f"before that {ready:.0f} s for {len(sizes_seen)} recordings, {memory:.1f} GiB, "
         f"loss {float(loss):.3f}",
         flush=True,
     )

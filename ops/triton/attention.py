@@ -13,11 +13,12 @@ MAX_PARTS = 1056  # programs that sum the bias gradient, each into a part of its
 
 def _tiles(max_query: int, max_key: int, head_dim: int, half: bool) -> dict[str, int]:
     """Block sizes, warps and stages: small blocks for short rows, the largest efficient ones for long rows."""
-    small = half and head_dim <= 64
     if max_key <= 192:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 1, "num_stages": 2}
-    block, stages = (64, 3) if small else (32, 2)  # what fits in shared memory
-    warps = 2 if not half and head_dim <= 64 else 4
+    # What fits in shared memory, of which some cards have 99 KiB.
+    block, warps, stages = {
+        (True, True): (64, 4, 3), (True, False): (32, 4, 2), (False, True): (32, 2, 2), (False, False): (32, 4, 1)
+    }[half, head_dim <= 64]  # fmt: skip
     return {"BLOCK_M": 16 if max_query <= 16 else block, "BLOCK_N": block, "num_warps": warps, "num_stages": stages}
 
 

@@ -73,6 +73,10 @@ def test_dtypes_and_head_dimensions(dtype, dim):
     check([3, 0, 35], [3, 0, 35], "causal", 5, dtype=dtype, heads=3, dim=dim, scale=dim**-0.5)
 
 
+def test_long_rows_with_wide_heads():
+    check([200, 5], [200, 5], "causal", 5, dtype=torch.float32, heads=1, dim=128, scale=0.1)
+
+
 def test_a_query_that_sees_no_key_gets_zeros_and_no_gradient():
     expected, actual = both([2, 3], [0, 4], "limits", 2, torch.float32)
     blind = expected[0].abs().sum((1, 2)) == 0
