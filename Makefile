@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/python train_decoder.py configs/decoder_sample.gin
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
