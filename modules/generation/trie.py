@@ -14,7 +14,8 @@ from ops.trie import child_log_probs, trie_cross_entropy
 class Trie:
     """Nodes of depth d are the distinct code prefixes of length d, numbered in lexicographic order.
 
-    All arrays are int32: at most 8 + 16 L' bytes an item, 50 where 10 million items have four codes of 256.
+    All arrays are int32, but `code` has the smallest integers that hold its codes (uint8, int16 or int32). At most
+    8 + 16 L' bytes an item, 45 where 10 million items have four codes of 256.
     first_child[d]: [n_d + 1]; node n of depth d has the children first_child[d][n] to first_child[d][n+1] - 1, which
         are nodes of depth d + 1. Depth 0 has one node, the root.
     code[d]: [n_{d+1}], the last code of each node of depth d + 1.
@@ -61,7 +62,7 @@ class Trie:
             starts = opens[:, level]
             children = torch.bincount(nodes[starts])
             first_child.append(lengths_to_offsets(children).to(torch.int32))
-            code.append(ordered[starts, level])
+            code.append(_narrow(ordered[starts, level]))
             fanout.append(int(children.max()))
             nodes = starts.cumsum(0, dtype=torch.int32) - 1
             item_nodes[order, level + 1] = nodes
@@ -98,3 +99,9 @@ class Trie:
         """
         level = self.first_child[depth], self.code[depth]
         return trie_cross_entropy(logits, *level, nodes, targets, self.fanout[depth])
+
+
+def _narrow(codes: Tensor) -> Tensor:
+    """The codes as the smallest integers that hold them: searching reads them by the million."""
+    largest = int(codes.max())
+    return codes.to(torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32)

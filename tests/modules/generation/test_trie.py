@@ -40,6 +40,13 @@ def test_nodes_and_children_are_the_prefixes(codes, random):
     assert trie.item_nodes.tolist() == paths
 
 
+def test_codes_take_as_little_memory_as_their_size_allows():
+    codes = torch.tensor([[255, 256, 40_000], [3, 32_767, 32_768]])
+    trie = Trie.build(codes)
+    assert [code.dtype for code in trie.code] == [torch.uint8, torch.int16, torch.int32]
+    assert [code.tolist() for code in trie.code] == codes.flip(0).T.tolist()
+
+
 @settings(deadline=None, max_examples=25)
 @given(codes_strategy, st.integers(0, 1000))
 def test_log_probs_are_a_distribution_over_the_items(codes, seed):

@@ -22,6 +22,7 @@ def check(children: list[int], width: int, shape: tuple[int, ...], dtype: torch.
     nodes = torch.randint(0, len(children), shape, device=DEVICE, dtype=torch.int32)
     logits = (4 * torch.randn(*shape, width, device=DEVICE)).to(dtype)
     tables = level(children, width)
+    tables = tables[0], tables[1].to(torch.uint8) if width <= 256 else tables[1], tables[2]
     expected = reference.child_log_probs(logits.double(), *tables[:2], nodes, tables[2])
     actual = kernels.child_log_probs(logits, *tables[:2], nodes, tables[2])
     assert actual.dtype == torch.float32 and actual.shape == (*shape, max(children))
