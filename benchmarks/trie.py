@@ -2,17 +2,20 @@
 
     python -m benchmarks.trie
 
-A masking step is the distribution over the children of every beam's node, the best of them, and their nodes. On a GPU
-it is timed as a CUDA graph with a cold L2 cache. Its cost follows the widest node of a level, which in random
+A masking step is the choice of the best children of all beams of a user, with their scores and nodes; also timed: the
+distribution over the children alone, and the step made of it and `torch.topk`. On a GPU they are timed as CUDA graphs
+with a cold L2 cache. The cost follows the widest node of a level, which in random
 catalogues grows with the items; "equally wide" ones have one node of 256 children on each level, whatever their size.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 
 from modules.generation.trie import Trie
+from ops import reference
 
 
 def random_codes(n: int, device: torch.device, wide: bool) -> torch.Tensor:
@@ -45,18 +48,27 @@ def clock(function, device: torch.device, repeats: int) -> tuple[float, float, f
     return tuple(torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist())
 
 
-def masking(trie: Trie, level: int, users: int, beams: int, search: bool) -> tuple[float, float, float]:
-    """Quantiles of one level's step in microseconds. search: with the choice of the best children."""
+def steps(trie: Trie, level: int, users: int, beams: int) -> dict[str, Callable[[], object]]:
+    """What is timed of one level."""
     device = trie.leaf_items.device
     logits = torch.randn(users, beams, 256, device=device)
+    scores = torch.randn(users, beams, device=device)
     nodes = trie.item_nodes[torch.randint(0, trie.n_items, (users, beams), device=device), level]
 
-    def step() -> None:
-        log_probs = trie.log_probs(logits, level, nodes)
-        if search:
-            _, best = log_probs.flatten(1).topk(min(beams, log_probs[0].numel()), dim=1)
-            trie.child(level, nodes.gather(1, best // trie.fanout[level]), best % trie.fanout[level])
+    def distribution() -> torch.Tensor:
+        return trie.log_probs(logits, level, nodes)
 
+    return {
+        "masking step": lambda: trie.best_children(logits, scores, level, nodes, beams),
+        "distribution": distribution,
+        "with torch.topk": lambda: reference.best_children(
+            distribution(), scores, trie.first_child[level], nodes, beams, None
+        ),
+    }
+
+
+def timed(step: Callable[[], object], device: torch.device) -> tuple[float, float, float]:
+    """Quantiles in microseconds."""
     step()
     if device.type == "cpu":
         return clock(step, device, 15)
@@ -92,12 +104,14 @@ def main() -> None:
 
 
 def show(trie: Trie, users: int, beams: int) -> None:
-    """Two lines: of the distribution alone, and of the whole step."""
-    for name, search in (("distribution", False), ("and the best children", True)):
-        levels = [masking(trie, level, users, beams, search) for level in range(trie.n_levels)]
-        times = ", ".join(" / ".join(f"{t:.1f}" for t in level) for level in levels)
-        total = sum(level[1] for level in levels)
-        print(f"  {users} x {beams} beams, {name}: levels {times} us (p20 / p50 / p80); all {total:.1f} us", flush=True)
+    """A line of each."""
+    device = trie.leaf_items.device
+    levels = [steps(trie, level, users, beams) for level in range(trie.n_levels)]
+    for name in levels[0]:
+        times = [timed(level[name], device) for level in levels]
+        each = ", ".join(" / ".join(f"{t:.1f}" for t in level) for level in times)
+        total = sum(level[1] for level in times)
+        print(f"  {users} x {beams} beams, {name}: levels {each} us (p20 / p50 / p80); all {total:.1f} us", flush=True)
 
 
 if __name__ == "__main__":

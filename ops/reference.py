@@ -241,6 +241,20 @@ def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Te
     return scores.masked_fill(~exists, float("-inf")).log_softmax(-1)
 
 
+def best_children(
+    log_probs: Tensor, scores: Tensor, first_child: Tensor, nodes: Tensor, count: int, left_out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.trie.best_children`. log_probs: [B, K, fanout]."""
+    total = scores[..., None] + log_probs
+    if left_out is not None:
+        total = total.masked_fill(left_out, float("-inf"))
+    best, places = total.flatten(1).topk(count, dim=1)  # sorted, best first
+    parents = places // total.shape[-1]
+    chosen = nodes.gather(1, parents)
+    children = torch.minimum(first_child[chosen] + places % total.shape[-1], first_child[chosen + 1] - 1)
+    return best, parents, children.to(first_child.dtype)
+
+
 def trie_cross_entropy(
     logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, targets: Tensor, fanout: int
 ) -> Tensor:

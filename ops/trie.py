@@ -26,6 +26,34 @@ def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Te
     return kernel(*arguments)
 
 
+def best_children(
+    logits: Tensor,
+    scores: Tensor,
+    first_child: Tensor,
+    code: Tensor,
+    nodes: Tensor,
+    fanout: int,
+    count: int,
+    left_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The children of a user's nodes with the highest scores, best first: one step of beam search. No gradient.
+
+    A child's score is that of its node plus its log-probability, as in `child_log_probs`.
+
+    Shape: logits [B, K, V], scores and nodes [B, K], first_child [n+1], code [m], left_out [B, K, fanout] bool, those
+    not to choose -> scores [B, count] float32 or as wide as the logits, parents [B, count] int64, places of the nodes
+    among the K, and children [B, count], nodes of the level below. count: at most K * fanout. Where too few children
+    exist or are not left out, the rest has the score -inf.
+    """
+    if has_kernel(logits):
+        from ops.triton import trie
+
+        if trie.chooses(nodes.shape[1], fanout, count):
+            return trie.best_children(logits, scores, first_child, code, nodes, fanout, count, left_out)
+    log_probs = child_log_probs(logits, first_child, code, nodes, fanout)
+    return reference.best_children(log_probs, scores, first_child, nodes, count, left_out)
+
+
 def trie_cross_entropy(
     logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, targets: Tensor, fanout: int
 ) -> Tensor:

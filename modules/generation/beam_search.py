@@ -27,16 +27,12 @@ def beam_search(model: EncoderDecoderRetrievalModel, batch: TokenizedSeqBatch, t
     past = None
     for level, fanout in enumerate(trie.fanout):
         logits, tokens = model.next_code(codes, memory, past)  # [B, K, V]
-        total = scores[..., None] + trie.log_probs(logits, level, nodes)  # [B, K, fanout]
-        last = level == trie.n_levels - 1
+        last, left_out = level == trie.n_levels - 1, None
         if last and batch.consumed is not None:
-            children = trie.child(level, nodes[..., None], torch.arange(fanout, device=device))
-            seen = is_consumed(trie.leaf_items[children].flatten(1), batch.consumed)
-            total = total.masked_fill(seen.view_as(total), float("-inf"))
-        kept = min(beams, total[0].numel(), len(trie.code[level]))
-        scores, best = total.flatten(1).topk(kept, dim=1)  # sorted, best first
-        parent = best // fanout  # [B, kept]
-        nodes = trie.child(level, nodes.gather(1, parent), best % fanout)
+            children = trie.child(level, nodes[..., None], torch.arange(fanout, device=device))  # [B, K, fanout]
+            left_out = is_consumed(trie.leaf_items[children].flatten(1), batch.consumed).view_as(children)
+        kept = min(beams, nodes.shape[1] * fanout, len(trie.code[level]))
+        scores, parent, nodes = trie.best_children(logits, scores, level, nodes, kept, left_out)  # [B, kept]
         if not last:
             before = codes.gather(1, parent[..., None].expand(-1, -1, level))
             codes = torch.cat([before, trie.code[level][nodes].long()[..., None]], -1)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modules.tokenizer.semids import lexicographic_order
 from ops.jagged import lengths_to_offsets
-from ops.trie import child_log_probs, trie_cross_entropy
+from ops.trie import best_children, child_log_probs, trie_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,17 @@ class Trie:
         [..., fanout[depth]], -inf where a child does not exist.
         """
         return child_log_probs(logits, self.first_child[depth], self.code[depth], nodes, self.fanout[depth])
+
+    def best_children(
+        self, logits: Tensor, scores: Tensor, depth: int, nodes: Tensor, count: int, left_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A step of beam search from `depth` to depth + 1; see `ops.trie.best_children`.
+
+        Shape: logits [B, K, V], scores, nodes [B, K], left_out [B, K, fanout[depth]]
+        -> scores, parents, nodes [B, count].
+        """
+        level = self.first_child[depth], self.code[depth]
+        return best_children(logits, scores, *level, nodes, self.fanout[depth], count, left_out)
 
     def cross_entropy(self, logits: Tensor, depth: int, nodes: Tensor, targets: Tensor) -> Tensor:
         """-log of the probability, as in `log_probs`, of one child of each node.

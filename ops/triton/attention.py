@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from ops.triton.attention_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
-from ops.triton.bias import bias_gradient, bias_table, farthest
+from ops.triton.bias import bias_gradient, bias_table
 from ops.triton.ranges import key_ranges, query_ranges
 
 MAX_PARTS = 1056  # programs that sum the bias gradient, each into a part of its own
@@ -80,12 +80,12 @@ def attention(
     if not len(key):
         return out.zero_(), lse.zero_(), ranges
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
-    table, bias_stride, radius, reach = bias_table(bias, max(max_query, max_key), constants)
+    table, bias_stride, radius, reach, far = bias_table(bias, max(max_query, max_key), constants)
     forward_kernel[(heads * triton.cdiv(total, constants["BLOCK_M"]),)](
         query, key, value, table, *ranges, out, lse,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0),
         heads, total, len(key), bias_stride, radius, reach, scale,
-        **constants,
+        **constants, FAR=far,
     )  # fmt: skip
     return out, lse, ranges
 
@@ -126,8 +126,9 @@ def attention_backward(
         grad_bias = lse.new_zeros(bias.shape) if bias_grad else lse.new_empty(0)
         return grad_query.zero_(), grad_memory.zero_(), grad_bias
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
-    longest, block = max(max_query, max_key), constants["BLOCK_M"]
-    table, bias_stride, radius, reach = bias_table(bias, longest, constants)
+    block = constants["BLOCK_M"]
+    table, bias_stride, radius, reach, far = bias_table(bias, max(max_query, max_key), constants)
+    constants["FAR"] = far
     width = (2 * reach + 1) * block**2 + 2 * block if constants["TILED"] else bias_stride
     programs = triton.cdiv(total, block)
     if bias_grad:
@@ -139,7 +140,6 @@ def attention_backward(
         query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grads[0].stride(0),
         heads, total, len(key), bias_stride, radius, reach, scale, width,
         **constants, BIAS_GRAD=bias_grad, RIGHT=not causal,
-        FAR=farthest(longest, block) > reach if constants["TILED"] else longest > radius + 1,
     )  # fmt: skip
     q_ranges = query_ranges(len(key), query_offsets, key_offsets, max_key, causal)
     if block == 16 and query.dtype != torch.float32 and query.shape[2] <= 64:

@@ -57,12 +57,13 @@ def _seen(begin, end, place, m, n_queries, PLACES: tl.constexpr):
 @triton.jit
 def _scores(
     q, k, n, first, last, place, bias, step, radius, reach, scale,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores in units of log 2, -inf where a key is not visible. [BLOCK_M, BLOCK_N] float32.
 
     step: how many blocks to the right of the diagonal this one lies. If TILED, `bias` holds the biases of such a
-    block, pair by pair, for the steps -reach - 1 to reach + 1; otherwise it holds them by distance.
+    block, pair by pair, for the steps -reach - 1 to reach + 1; otherwise it holds them by distance. FAR: some blocks
+    are farther than reach, where all pairs have one bias.
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     visible = (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
@@ -70,8 +71,14 @@ def _scores(
         if TILED:
             M: tl.constexpr = q.shape[0]
             N: tl.constexpr = k.shape[0]
-            tile = tl.minimum(tl.maximum(step + reach + 1, 0), 2 * reach + 2)
-            scores += tl.load(bias + tile * (M * N) + pairs(M, N))
+            tile = bias + tl.minimum(tl.maximum(step + reach + 1, 0), 2 * reach + 2) * (M * N)
+            if FAR:
+                if (step < -reach) | (step > reach):
+                    scores += tl.load(tile)
+                else:
+                    scores += tl.load(tile + pairs(M, N))
+            else:
+                scores += tl.load(tile + pairs(M, N))
         else:
             distance = tl.minimum(tl.maximum(n[None, :] - place[:, None], -radius), radius)
             scores += tl.load(bias + (distance + radius), mask=visible, other=0.0).to(tl.float32) * LOG2E
@@ -84,7 +91,7 @@ def forward_kernel(
     q_stride, k_stride, v_stride, out_stride,
     n_heads, n_queries, n_keys, bias_stride, radius, reach, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, m_start = tl.program_id(0) % n_heads, tl.program_id(0) // n_heads * BLOCK_M
     query, key, value, out = query + head * D, key + head * D, value + head * D, out + head * D
@@ -103,7 +110,7 @@ def forward_kernel(
         v = _load(value, n_start, n_keys, v_stride, d, D, BLOCK_N, BLOCK_D)
         scores = _scores(
             q, k, n, first, last, at, bias, (n_start - m_start) // BLOCK_N, radius, reach, scale,
-            HAS_BIAS, TILED, PRECISION,
+            HAS_BIAS, TILED, FAR, PRECISION,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(scores, 1))
         p = tl.exp2(scores - new_largest[:, None])
@@ -125,13 +132,12 @@ def backward_query_kernel(
     q_stride, k_stride, v_stride, out_stride, grad_out_stride, grad_query_stride,
     n_heads, n_queries, n_keys, bias_stride, radius, reach, scale, part_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, RIGHT: tl.constexpr, FAR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
     """delta, dq, and this program's part of dbias. A program takes every so-many-th block of queries at one head.
 
-    RIGHT: there are visible keys to the right of the diagonal. FAR: there are some farther than `reach` blocks, or
-    beyond the radius where the bias is not tiled.
+    RIGHT: there are visible keys to the right of the diagonal. FAR: see `bias_table`.
     """
     head = tl.program_id(0) % n_heads
     query, key, value, out = query + head * D, key + head * D, value + head * D, out + head * D
@@ -164,7 +170,7 @@ def backward_query_kernel(
             v = _load(value, n_start, n_keys, v_stride, d, D, BLOCK_N, BLOCK_D)
             step = (n_start - m_start) // BLOCK_N
             scores = _scores(
-                q, k, n, first, last, at, bias, step, radius, reach, scale, HAS_BIAS, TILED, PRECISION
+                q, k, n, first, last, at, bias, step, radius, reach, scale, HAS_BIAS, TILED, FAR, PRECISION
             )  # fmt: skip
             p = tl.exp2(scores - normalizer[:, None])
             ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - inner[:, None])
@@ -197,7 +203,7 @@ def backward_key_kernel(
     q_stride, k_stride, v_stride, grad_out_stride, grad_key_stride, grad_value_stride,
     n_heads, n_queries, n_keys, bias_stride, radius, reach, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, n_start = tl.program_id(0) % n_heads, tl.program_id(0) // n_heads * BLOCK_N
     query, key, value, grad_out = query + head * D, key + head * D, value + head * D, grad_out + head * D
@@ -222,7 +228,7 @@ def backward_key_kernel(
         inner = tl.load(delta + m, mask=m < n_queries, other=0.0)
         scores = _scores(
             q, k, n, first, last, at, bias, (n_start - m_start) // BLOCK_N, radius, reach, scale,
-            HAS_BIAS, TILED, PRECISION,
+            HAS_BIAS, TILED, FAR, PRECISION,
         )  # fmt: skip
         p = tl.exp2(scores - normalizer[:, None])
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)

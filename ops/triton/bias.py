@@ -110,24 +110,20 @@ def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.const
     tl.store(grad_bias + tl.program_id(0) * (2 * radius + 1) + radius + distance, total, mask=distance <= radius)
 
 
-def bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[Tensor | None, int, int, int]:
-    """The bias as the attention kernels read it, the size of a head's part, R, and how many blocks from the diagonal
-    there are distances below R."""
+def bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[Tensor | None, int, int, int, bool]:
+    """The bias as the attention kernels read it, the size of a head's part, R, how many blocks from the diagonal there
+    are distances below R, and whether there are pairs beyond: blocks if TILED, else distances above R."""
     if bias is None:
-        return None, 0, 0, 0
+        return None, 0, 0, 0, False
     bias = bias.contiguous()
     radius, block = bias.shape[1] // 2, constants["BLOCK_M"]
     if not constants["TILED"]:
-        return bias, bias.shape[1], radius, 0
-    reach = min(farthest(max_length, block), (radius + block - 2) // block)
+        return bias, bias.shape[1], radius, 0, max_length > radius + 1
+    farthest = triton.cdiv(max(max_length - 1, 0), block)  # blocks that two tokens of a row can be apart
+    reach = min(farthest, (radius + block - 2) // block)
     table = torch.empty(len(bias), 2 * reach + 3, block, block, dtype=torch.float32, device=bias.device)
     bias_table_kernel[(2 * reach + 3, len(bias))](bias, table, radius, reach, block)
-    return table, table.stride(0), radius, reach
-
-
-def farthest(max_length: int, block: int) -> int:
-    """How many blocks two tokens of a row can be apart."""
-    return triton.cdiv(max(max_length - 1, 0), block)
+    return table, table.stride(0), radius, reach, farthest > reach
 
 
 def bias_gradient(sums: Tensor, bias: Tensor, constants: dict, radius: int, reach: int) -> Tensor:

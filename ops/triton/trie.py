@@ -1,9 +1,13 @@
-"""Log-probabilities over the children of trie nodes, in one pass.
+"""Log-probabilities over the children of trie nodes, and the best children of all nodes of a user.
 
-    out[r, j] = logits[r, c(j)] - log sum_i exp(logits[r, c(i)]),   c(j) = code[first[node[r]] + j],   0 <= j < children
+    p[r, j] = logits[r, c(j)] - log sum_i exp(logits[r, c(i)]),   c(j) = code[first[node[r]] + j],   0 <= j < children
 
-It reads the logits and codes of the children alone and writes the result, which bounds it: fanout float32 numbers a
-row, however many nodes there are. Without gradient: only generation looks at all children.
+They read the logits and codes of the children alone, however many nodes there are. Without gradient: only generation
+looks at all children.
+
+The best are chosen in one program a user, which keeps the scores of all children in registers. By bisection over the
+integers that order floats it looks for a bound that `count` of them or somewhat more pass, writes those to memory, and
+ranks them by comparing each with each. Of equal ones the first are chosen, so that the result is defined.
 """
 
 import torch
@@ -13,6 +17,9 @@ from torch import Tensor
 
 TILE = 1024  # children that a program looks at together, of one row or of several
 MAX_ROWS = 64  # of a program
+MAX_CHILDREN = 16384  # of all nodes of a user, among which a program chooses
+MAX_CHOSEN = 128
+LOWEST = tl.constexpr(-(2**31))  # below every float
 
 
 @triton.jit
@@ -73,3 +80,108 @@ def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Te
 @child_log_probs.register_fake
 def _(logits, first_child, code, nodes, fanout):
     return logits.new_empty(*nodes.shape, fanout, dtype=torch.float32)
+
+
+@triton.jit
+def _ordered(bits):
+    """Bits of a float32 as an integer that orders as floats do, and back. int32"""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _best_kernel(
+    logits, scores, first_child, code, nodes, left_out, passing, best, parents, children_out,
+    width, n_nodes, fanout, count,
+    NODES: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr, LEAVES_OUT: tl.constexpr,
+):  # fmt: skip
+    user = tl.program_id(0).to(tl.int64)
+    number = tl.arange(0, NODES)[:, None]
+    row = user * n_nodes + tl.minimum(number, n_nodes - 1)
+    node = tl.load(nodes + row)
+    first = tl.load(first_child + node)
+    children = tl.load(first_child + node + 1) - first
+    place = tl.arange(0, BLOCK)[None, :]
+    score = _scores(logits, code, row, first, children, place, width)
+    highest = tl.max(score, 1)[:, None]
+    score += tl.load(scores + row) - highest - tl.log(tl.sum(tl.exp(score - highest), 1))[:, None]
+    exists = (number < n_nodes) & (place < fanout)
+    if LEAVES_OUT:
+        out = tl.load(left_out + row * fanout + place, mask=exists, other=0)
+        score = tl.where(out != 0, -float("inf"), score)
+    key = tl.where(exists, _ordered(score.to(tl.int32, bitcast=True)), LOWEST)
+    position = number * fanout + place
+
+    low, high, n = tl.full([], LOWEST, tl.int32), tl.max(key), n_nodes * fanout
+    while (n > ROOM) & (low + 1 < high):  # n keys, no fewer than count, are above low; fewer than count are above high
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = tl.sum((key > middle).to(tl.int32))
+        enough = above >= count
+        low, high, n = tl.where(enough, middle, low), tl.where(enough, high, middle), tl.where(enough, above, n)
+    start, end = n_nodes * 0, n_nodes * fanout
+    while n > ROOM:  # of the many keys that equal high, those at the positions below end
+        middle = (start + end) // 2
+        above = tl.sum(((key > high) | ((key == high) & (position < middle))).to(tl.int32))
+        enough = above >= count
+        start, end, n = tl.where(enough, start, middle), tl.where(enough, middle, end), tl.where(enough, above, n)
+    chosen = ((key > low + 1) | ((key == low + 1) & (position < end))).to(tl.int32)
+
+    in_row = tl.sum(chosen, 1)
+    slot = (tl.cumsum(in_row, 0) - in_row)[:, None] + tl.cumsum(chosen, 1) - 1
+    passing += user * ROOM
+    tl.store(passing + slot, (key.to(tl.int64) << 32) | (0x7FFFFFFF - position), mask=chosen != 0)
+    tl.debug_barrier()  # what one thread writes another reads
+    slot = tl.arange(0, ROOM)
+    one = tl.load(passing + slot, mask=slot < n, other=0)
+    other = tl.load(passing + slot[None, :], mask=slot[None, :] < n, other=-(2**63))
+    rank = tl.sum((other > one[:, None]).to(tl.int32), 1)
+    position = 0x7FFFFFFF - (one & 0xFFFFFFFF).to(tl.int32)
+    kept = (slot < n) & (rank < count)
+    parent = position // fanout
+    node = tl.load(nodes + user * n_nodes + parent, mask=kept, other=0)
+    first, end = tl.load(first_child + node), tl.load(first_child + node + 1)
+    rank += user * count
+    tl.store(best + rank, _ordered((one >> 32).to(tl.int32)).to(tl.float32, bitcast=True), mask=kept)
+    tl.store(parents + rank, parent, mask=kept)
+    tl.store(children_out + rank, tl.minimum(first + position % fanout, end - 1), mask=kept)
+
+
+def chooses(n_nodes: int, fanout: int, count: int) -> bool:
+    """Whether `best_children` takes so many."""
+    tile = triton.next_power_of_2(n_nodes) * triton.next_power_of_2(fanout)
+    return tile <= MAX_CHILDREN and count <= MAX_CHOSEN
+
+
+@torch.library.custom_op("retrieval::best_children", mutates_args=())
+def best_children(
+    logits: Tensor,
+    scores: Tensor,
+    first_child: Tensor,
+    code: Tensor,
+    nodes: Tensor,
+    fanout: int,
+    count: int,
+    left_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.trie.best_children`; where `chooses` allows."""
+    logits, scores, nodes = logits.contiguous(), scores.contiguous(), nodes.contiguous()
+    users, n_nodes = nodes.shape
+    tile = triton.next_power_of_2(n_nodes), triton.next_power_of_2(fanout)
+    room = triton.next_power_of_2(2 * count)
+    warps = min(max(tile[0] * tile[1] // 1024, room**2 // 2048, 1), 16)
+    passing = torch.empty(users, room, dtype=torch.int64, device=nodes.device)
+    best = torch.empty(users, count, dtype=torch.float32, device=nodes.device)
+    parents = torch.empty(users, count, dtype=torch.int64, device=nodes.device)
+    children = torch.empty(users, count, dtype=torch.int32, device=nodes.device)
+    if users:
+        left_out = left_out.contiguous() if left_out is not None else None
+        _best_kernel[(users,)](
+            logits, scores, first_child, code, nodes, left_out, passing, best, parents, children,
+            logits.shape[-1], n_nodes, fanout, count, *tile, room, left_out is not None, num_warps=warps,
+        )  # fmt: skip
+    return best, parents, children
+
+
+@best_children.register_fake
+def _(logits, scores, first_child, code, nodes, fanout, count, left_out=None):
+    best = scores.new_empty(len(nodes), count, dtype=torch.float32)
+    return best, torch.empty_like(best, dtype=torch.int64), torch.empty_like(best, dtype=torch.int32)
