@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from ops.triton.attention_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
-from ops.triton.bias import bias_gradient, bias_table
+from ops.triton.bias import Bias, bias_gradient
 from ops.triton.ranges import key_ranges, query_ranges
 
 MAX_PARTS = 1056  # programs that sum the bias gradient, each into a part of its own
@@ -80,12 +80,12 @@ def attention(
     if not len(key):
         return out.zero_(), lse.zero_(), ranges
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
-    table, bias_stride, radius, reach, far = bias_table(bias, max(max_query, max_key), constants)
+    own = Bias.make(bias, max(max_query, max_key), constants, mirrored=False)
     forward_kernel[(heads * triton.cdiv(total, constants["BLOCK_M"]),)](
-        query, key, value, table, *ranges, out, lse,
+        query, key, value, own.table, *ranges, out, lse,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0),
-        heads, total, len(key), bias_stride, radius, reach, scale,
-        **constants, FAR=far,
+        heads, total, len(key), own.stride, own.radius, own.reach, scale,
+        **constants, FAR=own.far,
     )  # fmt: skip
     return out, lse, ranges
 
@@ -127,32 +127,32 @@ def attention_backward(
         return grad_query.zero_(), grad_memory.zero_(), grad_bias
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     block = constants["BLOCK_M"]
-    table, bias_stride, radius, reach, far = bias_table(bias, max(max_query, max_key), constants)
-    constants["FAR"] = far
-    width = (2 * reach + 1) * block**2 + 2 * block if constants["TILED"] else bias_stride
+    own = Bias.make(bias, max(max_query, max_key), constants, mirrored=True)
+    constants["FAR"] = own.far
+    width = (2 * own.reach + 1) * block**2 + 2 * block if constants["TILED"] else own.stride
     programs = triton.cdiv(total, block)
     if bias_grad:
         programs = min(programs, max(1, MAX_PARTS // heads))
     parts = lse.new_zeros(programs if bias_grad else 0, heads, width)
     delta = torch.empty_like(lse)
     backward_query_kernel[(programs * heads,)](
-        query, key, value, table, *ranges, out, lse, grad_out, delta, grads[0], parts,
+        query, key, value, own.table, *ranges, out, lse, grad_out, delta, grads[0], parts,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grads[0].stride(0),
-        heads, total, len(key), bias_stride, radius, reach, scale, width,
+        heads, total, len(key), own.stride, own.radius, own.reach, scale, width,
         **constants, BIAS_GRAD=bias_grad, RIGHT=not causal,
     )  # fmt: skip
     q_ranges = query_ranges(len(key), query_offsets, key_offsets, max_key, causal)
     if block == 16 and query.dtype != torch.float32 and query.shape[2] <= 64:
         constants["maxnreg"] = 128  # a third more warps on a multiprocessor, and nothing spills
     backward_key_kernel[(heads * triton.cdiv(len(key), constants["BLOCK_N"]),)](
-        query, key, value, table, *ranges, *q_ranges, lse, grad_out, delta, *grads[1:],
+        query, key, value, own.mirrored, *ranges, *q_ranges, lse, grad_out, delta, *grads[1:],
         query.stride(0), key.stride(0), value.stride(0), grad_out.stride(0), grads[1].stride(0), grads[2].stride(0),
-        heads, total, len(key), bias_stride, radius, reach, scale,
-        **constants,
+        heads, total, len(key), own.stride, own.radius, own.reach, scale,
+        **constants, LIMITED=key_limits is not None,
     )  # fmt: skip
     if not bias_grad:
         return grad_query, grad_memory, lse.new_empty(0)
-    return grad_query, grad_memory, bias_gradient(parts.sum(0), bias, constants, radius, reach)
+    return grad_query, grad_memory, bias_gradient(parts.sum(0), bias, constants, own.radius, own.reach)
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Blocks with the same distance from the diagonal hold the same distances at the same places.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +16,26 @@ SPAN = 64  # distances whose gradients a program sums
 
 
 @triton.jit
-def pairs(M: tl.constexpr, N: tl.constexpr):
-    """Place of each pair of a block in memory. [M, N]"""
-    return tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+def place_of(a, b, A: tl.constexpr):
+    """Where the pair (a, b) of a block of A rows lies in memory: pairs are in the order in which the tensor cores leave
+    a product in a warp's registers, 16 rows a warp and 8 columns at a time, four numbers of a thread side by side."""
+    tile = b // 8 * (A // 16) + a // 16
+    lane = a % 8 * 4 + b % 8 // 2
+    return (tile * 32 + lane) * 4 + a // 8 % 2 * 2 + b % 2
+
+
+@triton.jit
+def from_memory(pairs, A: tl.constexpr, B: tl.constexpr):
+    """[A * B] in the order of `place_of` -> [A, B]; no thread needs another's numbers."""
+    parts = tl.reshape(pairs, [B // 8, A // 16, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(parts, [1, 4, 2, 0, 3, 5]), [A, B])
+
+
+@triton.jit
+def to_memory(block, A: tl.constexpr, B: tl.constexpr):
+    """[A, B] -> [A * B] in the order of `place_of`."""
+    parts = tl.reshape(block, [A // 16, 2, 8, B // 8, 4, 2])
+    return tl.reshape(tl.permute(parts, [3, 0, 2, 4, 1, 5]), [A * B])
 
 
 @triton.jit
@@ -58,24 +77,29 @@ def store_pairs(
 ):  # fmt: skip
     """A program's part of the bias gradient, beyond what it added on its way."""
     SIZE: tl.constexpr = BLOCK_M * BLOCK_N
-    middle = part + reach * SIZE + pairs(BLOCK_M, BLOCK_N)
-    tl.store(middle, on_diagonal)
-    if reach > 0:
-        tl.store(middle - SIZE, left)
-        tl.store(middle + SIZE, right)
+    middle = part + reach * SIZE + tl.arange(0, SIZE)
+    tl.store(middle, to_memory(on_diagonal, BLOCK_M, BLOCK_N))
+    if BLOCK_M == 16 and reach > 0:
+        tl.store(middle - SIZE, to_memory(left, BLOCK_M, BLOCK_N))
+        tl.store(middle + SIZE, to_memory(right, BLOCK_M, BLOCK_N))
     far = part + (2 * reach + 1) * SIZE + tl.arange(0, BLOCK_M)
     tl.store(far, before)
     tl.store(far + BLOCK_M, after)
 
 
 @triton.jit
-def bias_table_kernel(bias, table, radius, reach, BLOCK: tl.constexpr):
-    """[H, 2R+1] by distance -> [H, 2 * reach + 3, BLOCK, BLOCK] by block and pair, in units of log 2."""
-    m, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK) + (tl.program_id(0) - reach - 1) * BLOCK
-    distance = tl.minimum(tl.maximum(n[None, :] - m[:, None], -radius), radius)
-    tile = tl.load(bias + tl.program_id(1) * (2 * radius + 1) + distance + radius).to(tl.float32) * LOG2E
-    start = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK
-    tl.store(table + start + pairs(BLOCK, BLOCK), tile)
+def bias_table_kernel(bias, table, mirrored, radius, reach, BLOCK: tl.constexpr, MIRRORED: tl.constexpr):
+    """[H, 2R+1] by distance -> [H, 2 * reach + 3, BLOCK, BLOCK] by block and pair, in units of log 2, and the same with
+    pairs (key, query) instead of (query, key) if MIRRORED."""
+    i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    apart = (tl.program_id(0) - reach - 1) * BLOCK
+    bias += tl.program_id(1) * (2 * radius + 1) + radius
+    start = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * BLOCK * BLOCK + place_of(i, j, BLOCK)
+    tile = tl.load(bias + tl.minimum(tl.maximum(j - i + apart, -radius), radius)).to(tl.float32) * LOG2E
+    tl.store(table + start, tile)
+    if MIRRORED:
+        tile = tl.load(bias + tl.minimum(tl.maximum(i - j + apart, -radius), radius)).to(tl.float32) * LOG2E
+        tl.store(mirrored + start, tile)
 
 
 @triton.jit
@@ -84,7 +108,7 @@ def _diagonals(sums, distance, reach, BLOCK: tl.constexpr):
     m = tl.arange(0, BLOCK)[:, None]
     column = distance[None, :] + m + reach * BLOCK  # of the block rows side by side
     inside = (column >= 0) & (column < (2 * reach + 1) * BLOCK)
-    place = column // BLOCK * (BLOCK * BLOCK) + m * BLOCK + column % BLOCK
+    place = column // BLOCK * (BLOCK * BLOCK) + place_of(m, column % BLOCK, BLOCK)
     return tl.sum(tl.load(sums + place, mask=inside, other=0.0), 0)
 
 
@@ -110,20 +134,38 @@ def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.const
     tl.store(grad_bias + tl.program_id(0) * (2 * radius + 1) + radius + distance, total, mask=distance <= radius)
 
 
-def bias_table(bias: Tensor | None, max_length: int, constants: dict) -> tuple[Tensor | None, int, int, int, bool]:
-    """The bias as the attention kernels read it, the size of a head's part, R, how many blocks from the diagonal there
-    are distances below R, and whether there are pairs beyond: blocks if TILED, else distances above R."""
-    if bias is None:
-        return None, 0, 0, 0, False
-    bias = bias.contiguous()
-    radius, block = bias.shape[1] // 2, constants["BLOCK_M"]
-    if not constants["TILED"]:
-        return bias, bias.shape[1], radius, 0, max_length > radius + 1
-    farthest = triton.cdiv(max(max_length - 1, 0), block)  # blocks that two tokens of a row can be apart
-    reach = min(farthest, (radius + block - 2) // block)
-    table = torch.empty(len(bias), 2 * reach + 3, block, block, dtype=torch.float32, device=bias.device)
-    bias_table_kernel[(2 * reach + 3, len(bias))](bias, table, radius, reach, block)
-    return table, table.stride(0), radius, reach, farthest > reach
+@dataclass(frozen=True)
+class Bias:
+    """The bias as the attention kernels read it.
+
+    table: [H, 2R+1] by distance, or if TILED [H, 2 * reach + 3, BLOCK, BLOCK] by block and pair (query, key);
+    mirrored: the same by (key, query), for a backward pass. stride: size of a head's part. reach: how many blocks
+    from the diagonal there are distances below R. far: there are pairs beyond: blocks if TILED, else distances above R.
+    """
+
+    table: Tensor | None
+    mirrored: Tensor | None
+    stride: int = 0
+    radius: int = 0
+    reach: int = 0
+    far: bool = False
+
+    @staticmethod
+    def make(bias: Tensor | None, max_length: int, constants: dict, mirrored: bool) -> "Bias":
+        if bias is None:
+            return Bias(None, None)
+        bias = bias.contiguous()
+        radius, block = bias.shape[1] // 2, constants["BLOCK_M"]
+        if not constants["TILED"]:
+            return Bias(bias, bias, bias.shape[1], radius, 0, max_length > radius + 1)
+        farthest = triton.cdiv(max(max_length - 1, 0), block)  # blocks that two tokens of a row can be apart
+        reach = min(farthest, (radius + block - 2) // block)
+        tables = torch.empty(
+            1 + mirrored, len(bias), 2 * reach + 3, block, block, dtype=torch.float32, device=bias.device
+        )
+        grid = 2 * reach + 3, len(bias)
+        bias_table_kernel[grid](bias, tables[0], tables[-1], radius, reach, block, mirrored)
+        return Bias(tables[0], tables[-1], tables.stride(1), radius, reach, farthest > reach)
 
 
 def bias_gradient(sums: Tensor, bias: Tensor, constants: dict, radius: int, reach: int) -> Tensor:

@@ -18,15 +18,16 @@ from torch import Tensor
 TILE = 1024  # children that a program looks at together, of one row or of several
 MAX_ROWS = 64  # of a program
 MAX_CHILDREN = 16384  # of all nodes of a user, among which a program chooses
-MAX_CHOSEN = 128
+MAX_CHOSEN = 128  # of them
+PER_WARP = 512  # children that a warp keeps
 LOWEST = tl.constexpr(-(2**31))  # below every float
 
 
 @triton.jit
-def _scores(logits, code, row, first, children, place, width):
-    """Logits of the children at these places, -inf where there are none. [ROWS, BLOCK] float32."""
-    number = tl.load(code + first + place, mask=place < children, other=0)
-    return tl.load(logits + row * width + number, mask=place < children, other=-float("inf")).to(tl.float32)
+def _scores(logits, code, start, child, exists):
+    """Logits of children, in rows that start there, -inf where there are none. float32, as `child`."""
+    number = tl.load(code + child, mask=exists, other=0).to(tl.int32)
+    return tl.load(logits + (start + number), mask=exists, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _kernel(
     children = tl.load(first_child + node + 1) - first
     place = tl.arange(0, BLOCK)[None, :]
     if ONCE:
-        score = _scores(logits, code, row, first, children, place, width)
+        score = _scores(logits, code, row * width, first + place, place < children)
         highest = tl.max(score, 1)[:, None]
         normalizer = highest + tl.log(tl.sum(tl.exp(score - highest), 1))[:, None]
         score = tl.where(place < children, score - normalizer, -float("inf"))
@@ -51,14 +52,14 @@ def _kernel(
         highest = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         for start in range(0, fanout, BLOCK):
-            score = _scores(logits, code, row, first, children, start + place, width)
+            score = _scores(logits, code, row * width, first + start + place, start + place < children)
             above = tl.maximum(highest, tl.max(score, 1))
             shift = tl.where(above == -float("inf"), 0.0, above)  # where no child has been seen
             total = total * tl.exp(highest - shift) + tl.sum(tl.exp(score - shift[:, None]), 1)
             highest = above
         normalizer = (highest + tl.log(total))[:, None]
         for start in range(0, fanout, BLOCK):
-            score = _scores(logits, code, row, first, children, start + place, width)
+            score = _scores(logits, code, row * width, first + start + place, start + place < children)
             score = tl.where(start + place < children, score - normalizer, -float("inf"))
             tl.store(out + row * fanout + start + place, score, mask=start + place < fanout)
 
@@ -92,43 +93,59 @@ def _ordered(bits):
 def _best_kernel(
     logits, scores, first_child, code, nodes, left_out, passing, best, parents, children_out,
     width, n_nodes, fanout, count,
-    NODES: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr, LEAVES_OUT: tl.constexpr,
+    CHUNKS: tl.constexpr, NODES: tl.constexpr, LANES: tl.constexpr, ROOM: tl.constexpr, LEAVES_OUT: tl.constexpr,
 ):  # fmt: skip
+    """Blocks are [CHUNKS, NODES, LANES]: a warp has whole nodes, and a thread some of their children."""
     user = tl.program_id(0).to(tl.int64)
-    number = tl.arange(0, NODES)[:, None]
-    row = user * n_nodes + tl.minimum(number, n_nodes - 1)
+    nodes += user * n_nodes
+    number = tl.arange(0, NODES)[None, :, None]
+    row = tl.minimum(number, n_nodes - 1)
     node = tl.load(nodes + row)
     first = tl.load(first_child + node)
     children = tl.load(first_child + node + 1) - first
-    place = tl.arange(0, BLOCK)[None, :]
-    score = _scores(logits, code, row, first, children, place, width)
-    highest = tl.max(score, 1)[:, None]
-    score += tl.load(scores + row) - highest - tl.log(tl.sum(tl.exp(score - highest), 1))[:, None]
+    place = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    # Addresses have one dimension, in which all compilers take the same neighbours for a warp.
+    SIZE: tl.constexpr = CHUNKS * NODES * LANES
+    there = tl.reshape(place < children, [SIZE])
+    code_at = tl.reshape(first + place, [SIZE])
+    logits_at = tl.reshape(row * width + place * 0, [SIZE])
+    score = _scores(logits + user * n_nodes * width, code, logits_at, code_at, there)
+    score = tl.reshape(score, [CHUNKS, NODES, LANES])
+    highest = tl.max(tl.max(score, 0), 1)[None, :, None]
+    normalizer = highest + tl.log(tl.sum(tl.sum(tl.exp(score - highest), 0), 1))[None, :, None]
+    score += tl.load(scores + user * n_nodes + row) - normalizer
     exists = (number < n_nodes) & (place < fanout)
-    if LEAVES_OUT:
-        out = tl.load(left_out + row * fanout + place, mask=exists, other=0)
-        score = tl.where(out != 0, -float("inf"), score)
-    key = tl.where(exists, _ordered(score.to(tl.int32, bitcast=True)), LOWEST)
     position = number * fanout + place
+    if LEAVES_OUT:
+        at = tl.reshape(position, [SIZE])
+        out = tl.load(left_out + user * n_nodes * fanout + at, mask=tl.reshape(exists, [SIZE]), other=0)
+        score = tl.where(tl.reshape(out, [CHUNKS, NODES, LANES]) != 0, -float("inf"), score)
+    key = tl.where(exists, _ordered(score.to(tl.int32, bitcast=True)), LOWEST)
 
+    # n keys, no fewer than count, are above low; fewer than count are above high.
     low, high, n = tl.full([], LOWEST, tl.int32), tl.max(key), n_nodes * fanout
-    while (n > ROOM) & (low + 1 < high):  # n keys, no fewer than count, are above low; fewer than count are above high
-        middle = (low & high) + ((low ^ high) >> 1)
+    middle = _ordered((_ordered(high).to(tl.float32, bitcast=True) - 32).to(tl.int32, bitcast=True))  # a first guess
+    while (n > ROOM) & (low + 1 < high):
         above = tl.sum((key > middle).to(tl.int32))
         enough = above >= count
         low, high, n = tl.where(enough, middle, low), tl.where(enough, high, middle), tl.where(enough, above, n)
+        middle = (low & high) + ((low ^ high) >> 1)
     start, end = n_nodes * 0, n_nodes * fanout
     while n > ROOM:  # of the many keys that equal high, those at the positions below end
         middle = (start + end) // 2
         above = tl.sum(((key > high) | ((key == high) & (position < middle))).to(tl.int32))
         enough = above >= count
         start, end, n = tl.where(enough, start, middle), tl.where(enough, middle, end), tl.where(enough, above, n)
-    chosen = ((key > low + 1) | ((key == low + 1) & (position < end))).to(tl.int32)
 
-    in_row = tl.sum(chosen, 1)
-    slot = (tl.cumsum(in_row, 0) - in_row)[:, None] + tl.cumsum(chosen, 1) - 1
+    chosen = (key > low) & ((position < end) | (key > low + 1))
+    in_thread = tl.cumsum(chosen.to(tl.int32), 0)
+    in_lane = tl.sum(chosen.to(tl.int32), 0)  # [NODES, LANES]
+    in_node = tl.sum(in_lane, 1)
+    before = tl.cumsum(in_lane, 1) - in_lane + (tl.cumsum(in_node, 0) - in_node)[:, None]
     passing += user * ROOM
-    tl.store(passing + slot, (key.to(tl.int64) << 32) | (0x7FFFFFFF - position), mask=chosen != 0)
+    slot = tl.reshape(before[None, :, :] + in_thread - 1, [SIZE])
+    one = tl.reshape((key.to(tl.int64) << 32) | (0x7FFFFFFF - position), [SIZE])
+    tl.store(passing + slot, one, mask=tl.reshape(chosen, [SIZE]))
     tl.debug_barrier()  # what one thread writes another reads
     slot = tl.arange(0, ROOM)
     one = tl.load(passing + slot, mask=slot < n, other=0)
@@ -137,12 +154,12 @@ def _best_kernel(
     position = 0x7FFFFFFF - (one & 0xFFFFFFFF).to(tl.int32)
     kept = (slot < n) & (rank < count)
     parent = position // fanout
-    node = tl.load(nodes + user * n_nodes + parent, mask=kept, other=0)
+    node = tl.load(nodes + parent, mask=kept, other=0)
     first, end = tl.load(first_child + node), tl.load(first_child + node + 1)
-    rank += user * count
-    tl.store(best + rank, _ordered((one >> 32).to(tl.int32)).to(tl.float32, bitcast=True), mask=kept)
-    tl.store(parents + rank, parent, mask=kept)
-    tl.store(children_out + rank, tl.minimum(first + position % fanout, end - 1), mask=kept)
+    place = user * count + rank
+    tl.store(best + place, _ordered((one >> 32).to(tl.int32)).to(tl.float32, bitcast=True), mask=kept)
+    tl.store(parents + place, parent, mask=kept)
+    tl.store(children_out + place, tl.minimum(first + position % fanout, end - 1), mask=kept)
 
 
 def chooses(n_nodes: int, fanout: int, count: int) -> bool:
@@ -165,9 +182,10 @@ def best_children(
     """See `ops.trie.best_children`; where `chooses` allows."""
     logits, scores, nodes = logits.contiguous(), scores.contiguous(), nodes.contiguous()
     users, n_nodes = nodes.shape
-    tile = triton.next_power_of_2(n_nodes), triton.next_power_of_2(fanout)
-    room = triton.next_power_of_2(2 * count)
-    warps = min(max(tile[0] * tile[1] // 1024, room**2 // 2048, 1), 16)
+    block, lanes = triton.next_power_of_2(fanout), min(triton.next_power_of_2(fanout), 32)
+    tile = block // lanes, triton.next_power_of_2(n_nodes), lanes
+    room = triton.next_power_of_2(count + count // 4)
+    warps = min(max(block * tile[1] // PER_WARP, room**2 // 2048, 1), 16)
     passing = torch.empty(users, room, dtype=torch.int64, device=nodes.device)
     best = torch.empty(users, count, dtype=torch.float32, device=nodes.device)
     parents = torch.empty(users, count, dtype=torch.int64, device=nodes.device)
