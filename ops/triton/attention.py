@@ -81,11 +81,13 @@ def attention(
         return out.zero_(), lse.zero_(), ranges
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     own = Bias.make(bias, max(max_query, max_key), constants, mirrored=False)
+    if bias is not None:  # whose tiles take shared memory as well
+        constants["num_stages"] = min(constants["num_stages"], 2)
     forward_kernel[(heads * triton.cdiv(total, constants["BLOCK_M"]),)](
         query, key, value, own.table, *ranges, out, lse,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0),
         heads, total, len(key), own.stride, own.radius, own.reach, scale,
-        **constants, FAR=own.far,
+        **constants,
     )  # fmt: skip
     return out, lse, ranges
 
@@ -128,7 +130,6 @@ def attention_backward(
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     block = constants["BLOCK_M"]
     own = Bias.make(bias, max(max_query, max_key), constants, mirrored=True)
-    constants["FAR"] = own.far
     width = (2 * own.reach + 1) * block**2 + 2 * block if constants["TILED"] else own.stride
     programs = triton.cdiv(total, block)
     if bias_grad:
@@ -139,7 +140,7 @@ def attention_backward(
         query, key, value, own.table, *ranges, out, lse, grad_out, delta, grads[0], parts,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0), grad_out.stride(0), grads[0].stride(0),
         heads, total, len(key), own.stride, own.radius, own.reach, scale, width,
-        **constants, BIAS_GRAD=bias_grad, RIGHT=not causal,
+        **constants, BIAS_GRAD=bias_grad, RIGHT=not causal, FAR=own.far,
     )  # fmt: skip
     q_ranges = query_ranges(len(key), query_offsets, key_offsets, max_key, causal)
     if block == 16 and query.dtype != torch.float32 and query.shape[2] <= 64:

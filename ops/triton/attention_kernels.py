@@ -57,41 +57,25 @@ def _seen(begin, end, place, m, n_queries, PLACES: tl.constexpr):
 @triton.jit
 def _scores(
     a, b, visible, distance, bias, step, radius, reach, scale,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores in units of log 2 of queries a and keys b, or of keys a and queries b, -inf where a key is not visible.
     [A, B] float32, as `visible` and `distance`, from a query's place to a key.
 
     step: how many blocks to the right of the diagonal this one lies. If TILED, `bias` holds the biases of such a
-    block, pair by pair, for the steps -reach - 1 to reach + 1; otherwise it holds them by distance. FAR: it is the one
-    bias of all pairs.
+    block, pair by pair, for the steps -reach - 1 to reach + 1; otherwise it holds them by distance.
     """
     scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * (scale * LOG2E)
     if HAS_BIAS:
-        if FAR:
-            scores += bias
-        elif TILED:
+        if TILED:
             A: tl.constexpr = a.shape[0]
             B: tl.constexpr = b.shape[0]
-            scores += from_memory(tl.load(bias + (step + reach + 1) * (A * B) + tl.arange(0, A * B)), A, B)
+            tile = tl.minimum(tl.maximum(step + reach + 1, 0), 2 * reach + 2)
+            scores += from_memory(tl.load(bias + tile * (A * B) + tl.arange(0, A * B)), A, B)
         else:
             place = tl.minimum(tl.maximum(distance, -radius), radius) + radius
             scores += tl.load(bias + place, mask=visible, other=0.0).to(tl.float32) * LOG2E
     return tl.where(visible, scores, float("-inf"))
-
-
-@triton.jit
-def _part(part: tl.constexpr, low, high, middle, reach, BLOCK: tl.constexpr):
-    """The first token of a part of the blocks from low to high - 1, and the first after it: of the blocks more than
-    `reach` before that at `middle`, of those near it, or of those more than `reach` behind it."""
-    near = tl.minimum(tl.maximum(middle - reach * BLOCK, low), high)
-    behind = tl.minimum(tl.maximum(middle + (reach + 1) * BLOCK, low), high)
-    if part == 0:
-        return low, near
-    elif part == 1:
-        return near, behind
-    else:
-        return behind, high
 
 
 @triton.jit
@@ -100,13 +84,12 @@ def forward_kernel(
     q_stride, k_stride, v_stride, out_stride,
     n_heads, n_queries, n_keys, bias_stride, radius, reach, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, m_start = tl.program_id(0) % n_heads, tl.program_id(0) // n_heads * BLOCK_M
     query, key, value, out = query + head * D, key + head * D, value + head * D, out + head * D
     if HAS_BIAS:
         bias += head * bias_stride
-    SPLIT: tl.constexpr = TILED and FAR
     d, m = tl.arange(0, BLOCK_D), m_start + tl.arange(0, BLOCK_M)
     first, last, at = _seen(begin, end, place, m, n_queries, HAS_BIAS and not TILED)
     q = _load(query, m_start, n_queries, q_stride, d, D, BLOCK_M, BLOCK_D)
@@ -115,25 +98,22 @@ def forward_kernel(
     weighted = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     low, high = tl.min(first), tl.max(last)
     low = low // BLOCK_N * BLOCK_N if TILED else low
-    for part in tl.static_range(3 if SPLIT else 1):
-        start, stop = _part(part, low, high, m_start, reach, BLOCK_N) if SPLIT else (low, high)
-        number = tl.load(bias + part * (reach + 1) * (BLOCK_M * BLOCK_N)) if SPLIT else bias
-        for n_start in tl.range(start, stop, BLOCK_N, num_stages=2 if SPLIT and part == 1 else None):
-            n = n_start + tl.arange(0, BLOCK_N)
-            k = _load(key, n_start, n_keys, k_stride, d, D, BLOCK_N, BLOCK_D)
-            v = _load(value, n_start, n_keys, v_stride, d, D, BLOCK_N, BLOCK_D)
-            visible = (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
-            scores = _scores(
-                q, k, visible, n[None, :] - at[:, None], number if SPLIT and part != 1 else bias,
-                (n_start - m_start) // BLOCK_N, radius, reach, scale, HAS_BIAS, TILED, SPLIT and part != 1, PRECISION,
-            )  # fmt: skip
-            new_largest = tl.maximum(largest, tl.max(scores, 1))
-            p = tl.exp2(scores - new_largest[:, None])
-            shrink = tl.exp2(largest - new_largest)
-            total = total * shrink + tl.sum(p, 1)
-            weighted = weighted * shrink[:, None]
-            weighted = tl.dot(p.to(v.dtype), v, weighted, input_precision=PRECISION)
-            largest = new_largest
+    for n_start in range(low, high, BLOCK_N):
+        n = n_start + tl.arange(0, BLOCK_N)
+        k = _load(key, n_start, n_keys, k_stride, d, D, BLOCK_N, BLOCK_D)
+        v = _load(value, n_start, n_keys, v_stride, d, D, BLOCK_N, BLOCK_D)
+        visible = (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
+        scores = _scores(
+            q, k, visible, n[None, :] - at[:, None], bias,
+            (n_start - m_start) // BLOCK_N, radius, reach, scale, HAS_BIAS, TILED, PRECISION,
+        )  # fmt: skip
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        p = tl.exp2(scores - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(p, 1)
+        weighted = weighted * shrink[:, None]
+        weighted = tl.dot(p.to(v.dtype), v, weighted, input_precision=PRECISION)
+        largest = new_largest
     seen = total > 0
     safe = tl.where(seen, total, 1.0)
     _store(out, weighted / safe[:, None], m_start, n_queries, out_stride, d, D, BLOCK_M, BLOCK_D)
@@ -147,12 +127,12 @@ def backward_query_kernel(
     q_stride, k_stride, v_stride, out_stride, grad_out_stride, grad_query_stride,
     n_heads, n_queries, n_keys, bias_stride, radius, reach, scale, part_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, RIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, RIGHT: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """delta, dq, and this program's part of dbias. A program takes every so-many-th block of queries at one head.
 
-    RIGHT: there are visible keys to the right of the diagonal.
+    RIGHT: there are visible keys to the right of the diagonal. FAR: see `Bias`.
     """
     head = tl.program_id(0) % n_heads
     query, key, value, out = query + head * D, key + head * D, value + head * D, out + head * D
@@ -161,7 +141,6 @@ def backward_query_kernel(
     delta += tl.cast(head, tl.int64) * n_queries
     if HAS_BIAS:
         bias += head * bias_stride
-    SPLIT: tl.constexpr = TILED and FAR
     d = tl.arange(0, BLOCK_D)
     # Sums over the blocks on the diagonal and beside it, pair by pair.
     on_diagonal = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -181,38 +160,35 @@ def backward_query_kernel(
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         low, high = tl.min(first), tl.max(last)
         low = low // BLOCK_N * BLOCK_N if TILED else low
-        for part in tl.static_range(3 if SPLIT else 1):
-            start, stop = _part(part, low, high, m_start, reach, BLOCK_N) if SPLIT else (low, high)
-            number = tl.load(bias + part * (reach + 1) * (BLOCK_M * BLOCK_N)) if SPLIT else bias
-            for n_start in tl.range(start, stop, BLOCK_N, num_stages=2 if SPLIT and part == 1 else None):
-                n = n_start + tl.arange(0, BLOCK_N)
-                k = _load(key, n_start, n_keys, k_stride, d, D, BLOCK_N, BLOCK_D)
-                v = _load(value, n_start, n_keys, v_stride, d, D, BLOCK_N, BLOCK_D)
-                step = (n_start - m_start) // BLOCK_N
-                visible = (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
-                scores = _scores(
-                    q, k, visible, n[None, :] - at[:, None], number if SPLIT and part != 1 else bias,
-                    step, radius, reach, scale, HAS_BIAS, TILED, SPLIT and part != 1, PRECISION,
-                )  # fmt: skip
-                p = tl.exp2(scores - normalizer[:, None])
-                ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - inner[:, None])
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-                if BIAS_GRAD:
-                    if not TILED:
-                        add_by_distance(grad_bias, ds, n_start, first, last, at, radius, BLOCK_M, BLOCK_N, FAR)
-                    elif SPLIT and part == 0:
-                        before += tl.sum(ds, 1)
-                    elif SPLIT and part == 2:
-                        after += tl.sum(ds, 1)
-                    elif step == 0:
-                        on_diagonal += ds
-                    elif BLOCK_M == 16 and step == -1 and reach > 0:
-                        left += ds
-                    elif BLOCK_M == 16 and RIGHT and step == 1 and reach > 0:
-                        right += ds
-                    else:  # no other program and no other thread adds there: the order is that of the loop
-                        block = grad_bias + (step + reach) * (BLOCK_M * BLOCK_N) + tl.arange(0, BLOCK_M * BLOCK_N)
-                        tl.atomic_add(block, to_memory(ds, BLOCK_M, BLOCK_N), sem="relaxed")
+        for n_start in range(low, high, BLOCK_N):
+            n = n_start + tl.arange(0, BLOCK_N)
+            k = _load(key, n_start, n_keys, k_stride, d, D, BLOCK_N, BLOCK_D)
+            v = _load(value, n_start, n_keys, v_stride, d, D, BLOCK_N, BLOCK_D)
+            step = (n_start - m_start) // BLOCK_N
+            visible = (n[None, :] >= first[:, None]) & (n[None, :] < last[:, None])
+            scores = _scores(
+                q, k, visible, n[None, :] - at[:, None], bias,
+                step, radius, reach, scale, HAS_BIAS, TILED, PRECISION,
+            )  # fmt: skip
+            p = tl.exp2(scores - normalizer[:, None])
+            ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - inner[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            if BIAS_GRAD:
+                if not TILED:
+                    add_by_distance(grad_bias, ds, n_start, first, last, at, radius, BLOCK_M, BLOCK_N, FAR)
+                elif step == 0:
+                    on_diagonal += ds
+                elif BLOCK_M == 16 and step == -1 and reach > 0:
+                    left += ds
+                elif BLOCK_M == 16 and RIGHT and step == 1 and reach > 0:
+                    right += ds
+                elif FAR and step < -reach:
+                    before += tl.sum(ds, 1)
+                elif FAR and step > reach:
+                    after += tl.sum(ds, 1)
+                else:  # no other program and no other thread adds there: the order is that of the loop
+                    block = grad_bias + (step + reach) * (BLOCK_M * BLOCK_N) + tl.arange(0, BLOCK_M * BLOCK_N)
+                    tl.atomic_add(block, to_memory(ds, BLOCK_M, BLOCK_N), sem="relaxed")
         _store(grad_query, dq * scale, m_start, n_queries, grad_query_stride, d, D, BLOCK_M, BLOCK_D)
     if BIAS_GRAD and TILED:
         store_pairs(grad_bias, on_diagonal, left, right, before, after, reach, BLOCK_M, BLOCK_N)
@@ -224,7 +200,7 @@ def backward_key_kernel(
     q_stride, k_stride, v_stride, grad_out_stride, grad_key_stride, grad_value_stride,
     n_heads, n_queries, n_keys, bias_stride, radius, reach, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, FAR: tl.constexpr, PRECISION: tl.constexpr, LIMITED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. LIMITED: the ranges of `q_begin` and `q_end` hold queries that don't see the key."""
     head, n_start = tl.program_id(0) % n_heads, tl.program_id(0) // n_heads * BLOCK_N
@@ -234,7 +210,6 @@ def backward_key_kernel(
     delta += tl.cast(head, tl.int64) * n_queries
     if HAS_BIAS:
         bias += head * bias_stride
-    SPLIT: tl.constexpr = TILED and FAR
     d, n = tl.arange(0, BLOCK_D), n_start + tl.arange(0, BLOCK_N)
     seen_from = tl.load(q_begin + n, mask=n < n_keys, other=BEYOND)
     seen_to = tl.load(q_end + n, mask=n < n_keys, other=0)
@@ -244,27 +219,24 @@ def backward_key_kernel(
     v = _load(value, n_start, n_keys, v_stride, d, D, BLOCK_N, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for part in tl.static_range(3 if SPLIT else 1):
-        start, stop = _part(part, low, high, n_start, reach, BLOCK_M) if SPLIT else (low, high)
-        number = tl.load(bias + (2 - part) * (reach + 1) * (BLOCK_M * BLOCK_N)) if SPLIT else bias
-        for m_start in tl.range(start, stop, BLOCK_M, num_stages=2 if SPLIT and part == 1 else None):
-            m = m_start + tl.arange(0, BLOCK_M)
-            first, last, at = _seen(begin, end, place, m, n_queries, HAS_BIAS and not TILED)
-            q = _load(query, m_start, n_queries, q_stride, d, D, BLOCK_M, BLOCK_D)
-            do = _load(grad_out, m_start, n_queries, grad_out_stride, d, D, BLOCK_M, BLOCK_D)
-            normalizer = tl.load(lse + m, mask=m < n_queries, other=0.0)
-            inner = tl.load(delta + m, mask=m < n_queries, other=0.0)
-            if LIMITED:
-                visible = (n[:, None] >= first[None, :]) & (n[:, None] < last[None, :])
-            else:
-                visible = (m[None, :] >= seen_from[:, None]) & (m[None, :] < seen_to[:, None])
-            scores = _scores(
-                k, q, visible, n[:, None] - at[None, :], number if SPLIT and part != 1 else bias,
-                (n_start - m_start) // BLOCK_N, radius, reach, scale, HAS_BIAS, TILED, SPLIT and part != 1, PRECISION,
-            )  # fmt: skip
-            p = tl.exp2(scores - normalizer[None, :])  # [BLOCK_N, BLOCK_M], as the products below need it
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - inner[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    for m_start in range(low, high, BLOCK_M):
+        m = m_start + tl.arange(0, BLOCK_M)
+        first, last, at = _seen(begin, end, place, m, n_queries, HAS_BIAS and not TILED)
+        q = _load(query, m_start, n_queries, q_stride, d, D, BLOCK_M, BLOCK_D)
+        do = _load(grad_out, m_start, n_queries, grad_out_stride, d, D, BLOCK_M, BLOCK_D)
+        normalizer = tl.load(lse + m, mask=m < n_queries, other=0.0)
+        inner = tl.load(delta + m, mask=m < n_queries, other=0.0)
+        if LIMITED:
+            visible = (n[:, None] >= first[None, :]) & (n[:, None] < last[None, :])
+        else:
+            visible = (m[None, :] >= seen_from[:, None]) & (m[None, :] < seen_to[:, None])
+        scores = _scores(
+            k, q, visible, n[:, None] - at[None, :], bias,
+            (n_start - m_start) // BLOCK_N, radius, reach, scale, HAS_BIAS, TILED, PRECISION,
+        )  # fmt: skip
+        p = tl.exp2(scores - normalizer[None, :])  # [BLOCK_N, BLOCK_M], as the products below need it
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - inner[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     _store(grad_key, dk * scale, n_start, n_keys, grad_key_stride, d, D, BLOCK_N, BLOCK_D)
     _store(grad_value, dv, n_start, n_keys, grad_value_stride, d, D, BLOCK_N, BLOCK_D)
