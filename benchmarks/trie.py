@@ -3,9 +3,10 @@
     python -m benchmarks.trie
 
 A masking step is the choice of the best children of all beams of a user, with their scores and nodes; also timed: the
-distribution over the children alone, and the step made of it and `torch.topk`. On a GPU they are timed as CUDA graphs
-with a cold L2 cache. The cost follows the widest node of a level, which in random
-catalogues grows with the items; "equally wide" ones have one node of 256 children on each level, whatever their size.
+distribution over the children alone and, on a GPU, the step made of it and `torch.topk`, which on a CPU is the step.
+On a GPU they are timed as CUDA graphs with a cold L2 cache. The cost follows the widest node of a level, which in
+random catalogues grows with the items; "equally wide" ones have one node of 256 children on each level, whatever their
+size.
 """
 
 import argparse
@@ -58,13 +59,16 @@ def steps(trie: Trie, level: int, users: int, beams: int) -> dict[str, Callable[
     def distribution() -> torch.Tensor:
         return trie.log_probs(logits, level, nodes)
 
-    return {
+    first_child = trie.first_child[level]
+    timed = {
         "masking step": lambda: trie.best_children(logits, scores, level, nodes, beams),
         "distribution": distribution,
-        "with torch.topk": lambda: reference.best_children(
-            distribution(), scores, trie.first_child[level], nodes, beams, None
-        ),
     }
+    if device.type == "cuda":
+        timed["with torch.topk"] = lambda: reference.best_children(
+            distribution(), scores, first_child, nodes, beams, None
+        )
+    return timed
 
 
 def timed(step: Callable[[], object], device: torch.device) -> tuple[float, float, float]:

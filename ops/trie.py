@@ -43,7 +43,7 @@ def best_children(
     Shape: logits [B, K, V], scores and nodes [B, K], first_child [n+1], code [m], left_out [B, K, fanout] bool, those
     not to choose -> scores [B, count] float32 or as wide as the logits, parents [B, count] int64, places of the nodes
     among the K, and children [B, count], nodes of the level below. count: at most K * fanout. Where too few children
-    exist or are not left out, the rest has the score -inf.
+    exist or are not left out, the rest has the score -inf. first_child (int32) and code are contiguous.
     """
     if has_kernel(logits):
         from ops.triton import trie

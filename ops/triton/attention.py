@@ -81,7 +81,7 @@ def attention(
         return out.zero_(), lse.zero_(), ranges
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     own = Bias.make(bias, max(max_query, max_key), constants, mirrored=False)
-    if bias is not None:  # whose tiles take shared memory as well
+    if bias is not None:  # whose loads take shared memory as well
         constants["num_stages"] = min(constants["num_stages"], 2)
     forward_kernel[(heads * triton.cdiv(total, constants["BLOCK_M"]),)](
         query, key, value, own.table, *ranges, out, lse,

@@ -63,7 +63,7 @@ def _scores(
     [A, B] float32, as `visible` and `distance`, from a query's place to a key.
 
     step: how many blocks to the right of the diagonal this one lies. If TILED, `bias` holds the biases of such a
-    block, pair by pair, for the steps -reach - 1 to reach + 1; otherwise it holds them by distance.
+    block, in the order of `bias.place_of`, for the steps -reach - 1 to reach + 1; otherwise it holds them by distance.
     """
     scores = tl.dot(a, tl.trans(b), input_precision=PRECISION) * (scale * LOG2E)
     if HAS_BIAS:
@@ -142,7 +142,7 @@ def backward_query_kernel(
     if HAS_BIAS:
         bias += head * bias_stride
     d = tl.arange(0, BLOCK_D)
-    # Sums over the blocks on the diagonal and beside it, pair by pair.
+    # Sums over the blocks on the diagonal and, where blocks are small, beside it, pair by pair.
     on_diagonal = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     left, right = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     before, after = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)  # sums beyond reach

@@ -89,8 +89,8 @@ def store_pairs(
 
 @triton.jit
 def bias_table_kernel(bias, table, mirrored, radius, reach, BLOCK: tl.constexpr, MIRRORED: tl.constexpr):
-    """[H, 2R+1] by distance -> [H, 2 * reach + 3, BLOCK, BLOCK] by block and pair, in units of log 2, and the same with
-    pairs (key, query) instead of (query, key) if MIRRORED."""
+    """[H, 2R+1] by distance -> [H, 2 * reach + 3, BLOCK, BLOCK] by block, in units of log 2, pairs in the order of
+    `place_of`; and the same with pairs (key, query) instead of (query, key) if MIRRORED."""
     i, j = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     apart = (tl.program_id(0) - reach - 1) * BLOCK
     bias += tl.program_id(1) * (2 * radius + 1) + radius
@@ -165,7 +165,7 @@ class Bias:
         )
         grid = 2 * reach + 3, len(bias)
         bias_table_kernel[grid](bias, tables[0], tables[-1], radius, reach, block, mirrored)
-        return Bias(tables[0], tables[-1], tables.stride(1), radius, reach, farthest > reach)
+        return Bias(tables[0], tables[1] if mirrored else None, tables.stride(1), radius, reach, farthest > reach)
 
 
 def bias_gradient(sums: Tensor, bias: Tensor, constants: dict, radius: int, reach: int) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 TILE = 1024  # children that a program looks at together, of one row or of several
 MAX_ROWS = 64  # of a program
-MAX_CHILDREN = 16384  # of all nodes of a user, among which a program chooses
+MAX_CHILDREN = 16384  # among which a program chooses: nodes times children a node, each up to a power of two
 MAX_CHOSEN = 128  # of them
-PER_WARP = 512  # children that a warp keeps
-LOWEST = tl.constexpr(-(2**31))  # below every float
+PER_WARP = 512  # children that a warp keeps, while 16 warps suffice
+LOWEST = tl.constexpr(-(2**31))  # of no child
 
 
 @triton.jit
@@ -95,7 +95,8 @@ def _best_kernel(
     width, n_nodes, fanout, count,
     CHUNKS: tl.constexpr, NODES: tl.constexpr, LANES: tl.constexpr, ROOM: tl.constexpr, LEAVES_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Blocks are [CHUNKS, NODES, LANES]: a warp has whole nodes, and a thread some of their children."""
+    """Blocks are [CHUNKS, NODES, LANES]: a warp has whole nodes, where there are enough, and a thread some of their
+    children."""
     user = tl.program_id(0).to(tl.int64)
     nodes += user * n_nodes
     number = tl.arange(0, NODES)[None, :, None]
@@ -120,7 +121,7 @@ def _best_kernel(
         at = tl.reshape(position, [SIZE])
         out = tl.load(left_out + user * n_nodes * fanout + at, mask=tl.reshape(exists, [SIZE]), other=0)
         score = tl.where(tl.reshape(out, [CHUNKS, NODES, LANES]) != 0, -float("inf"), score)
-    key = tl.where(exists, _ordered(score.to(tl.int32, bitcast=True)), LOWEST)
+    key = tl.where(exists, tl.maximum(_ordered(score.to(tl.int32, bitcast=True)), LOWEST + 1), LOWEST)
 
     # n keys, no fewer than count, are above low; fewer than count are above high.
     low, high, n = tl.full([], LOWEST, tl.int32), tl.max(key), n_nodes * fanout
@@ -182,6 +183,8 @@ def best_children(
     """See `ops.trie.best_children`; where `chooses` allows."""
     logits, scores, nodes = logits.contiguous(), scores.contiguous(), nodes.contiguous()
     users, n_nodes = nodes.shape
+    if not 1 <= count <= n_nodes * fanout:
+        raise ValueError(f"best_children with count = {count} takes 1 to {n_nodes} x {fanout}, nodes times children.")
     block, lanes = triton.next_power_of_2(fanout), min(triton.next_power_of_2(fanout), 32)
     tile = block // lanes, triton.next_power_of_2(n_nodes), lanes
     room = triton.next_power_of_2(count + count // 4)

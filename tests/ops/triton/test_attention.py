@@ -77,6 +77,14 @@ def test_long_rows_with_wide_heads():
     check([200, 5], [200, 5], "causal", 5, dtype=torch.float32, heads=1, dim=128, scale=0.1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("mask", ["all", "causal", "limits"])
+@pytest.mark.parametrize("dim, radius", [(64, 5), (64, 100), (64, None), (128, 40)])
+def test_long_rows_in_half_precision(dim, radius, mask, dtype):
+    """The largest tiles; blocks within the radius, beyond it, and both."""
+    check([200, 0, 70], [200, 0, 70], mask, radius, dtype=dtype, heads=2, dim=dim, scale=dim**-0.5)
+
+
 def test_a_query_that_sees_no_key_gets_zeros_and_no_gradient():
     expected, actual = both([2, 3], [0, 4], "limits", 2, torch.float32)
     blind = expected[0].abs().sum((1, 2)) == 0

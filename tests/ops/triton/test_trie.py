@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops import reference
+from ops.trie import best_children
 from tests.ops.triton.device import DEVICE, DTYPES, TOLERANCE
 
 kernels = pytest.importorskip("ops.triton.trie")
@@ -54,6 +55,7 @@ def test_views_of_logits_and_nodes():
 def choose(children, users, n_nodes, count, width=11, dtype=torch.float32, left_out=0.0):
     """Checks the best children against the twin's scores of all children."""
     first_child, code, fanout = level(children, width)
+    code = code.to(torch.uint8 if width <= 256 else torch.int16)
     nodes = torch.randint(0, len(children), (users, n_nodes), device=DEVICE, dtype=torch.int32)
     logits = (4 * torch.randn(users, n_nodes, width, device=DEVICE)).to(dtype)
     scores = torch.randn(users, n_nodes, device=DEVICE)
@@ -96,6 +98,55 @@ def test_the_best_of_wide_nodes_and_dtypes(n_nodes, children, count, dtype):
     choose(children, 2, n_nodes, count, 2600, dtype)
 
 
+@pytest.mark.parametrize("left_out", [0.3, 0.99])
+def test_wide_nodes_with_children_left_out(left_out):
+    choose([256, 3, 255], 3, 10, 20, 256, left_out=left_out)
+
+
+def test_views_choose_as_their_copies():
+    first_child, code, fanout = level([2, 3, 1], 5)
+    logits = torch.randn(2, 4, 9, device=DEVICE)[..., 2:7]
+    scores = torch.randn(4, 2, device=DEVICE).T
+    nodes = torch.tensor([[0, 1], [2, 1], [1, 0], [2, 2]], device=DEVICE, dtype=torch.int32).T
+    out = (torch.rand(2, 3, 4, device=DEVICE) < 0.2).transpose(1, 2)
+    views, copies = (logits, scores, nodes, out), (t.contiguous() for t in (logits, scores, nodes, out))
+    results = []
+    for one, weights, places, hidden in (views, tuple(copies)):
+        results.append(kernels.best_children(one, weights, first_child, code, places, fanout, 5, hidden))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 7])
+def test_more_children_than_there_are_places_is_an_error(count):
+    first_child, code, fanout = level([2, 3], 5)
+    nodes = torch.tensor([[1, 0]], device=DEVICE)
+    with pytest.raises(ValueError, match=f"count = {count} .* 1 to 2 x 3"):
+        kernels.best_children(
+            torch.randn(1, 2, 5, device=DEVICE),
+            torch.zeros(1, 2, device=DEVICE),
+            first_child,
+            code,
+            nodes,
+            fanout,
+            count,
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n_nodes, children, count", [(70, [256, 3], 20), (10, [40, 7], 129), (10, [40, 7], 20)])
+def test_what_the_kernel_takes_and_what_not_give_the_same(n_nodes, children, count):
+    first_child, code, fanout = level(children, 256)
+    nodes = torch.randint(0, len(children), (2, n_nodes), device=DEVICE, dtype=torch.int32)
+    logits, scores = torch.randn(2, n_nodes, 256, device=DEVICE), torch.randn(2, n_nodes, device=DEVICE)
+    best, parents, chosen = best_children(logits, scores, first_child, code, nodes, fanout, count)
+    log_probs = reference.child_log_probs(logits, first_child, code, nodes, fanout)
+    expected = reference.best_children(log_probs, scores, first_child, nodes, count, None)
+    torch.testing.assert_close(best, expected[0])
+    real = best > -torch.inf
+    assert torch.equal(parents[real], expected[1][real]) and torch.equal(chosen[real], expected[2][real])
+
+
 def test_more_than_the_kernel_takes_is_left_to_others():
     assert kernels.chooses(64, 256, 128)
     assert not kernels.chooses(65, 256, 10) and not kernels.chooses(64, 257, 10) and not kernels.chooses(10, 256, 129)
@@ -120,6 +171,8 @@ def test_scores_that_are_not_finite_end_the_search_as_well():
     nodes = torch.tensor([[0, 1]] * 3, device=DEVICE, dtype=torch.int32)
     logits, scores = torch.randn(3, 2, 40, device=DEVICE), torch.zeros(3, 2, device=DEVICE)
     logits[0], scores[1, 0], scores[2] = torch.nan, -torch.inf, torch.inf
+    least = torch.full_like(logits, -1, dtype=torch.int32).view(torch.float32)  # the NaN with all bits set
+    assert bool(kernels.best_children(least, scores, first_child, code, nodes, fanout, 5)[0].isnan().all())
     best, parents, _ = kernels.best_children(logits, scores, first_child, code, nodes, fanout, 5)
     assert bool(best[0].isnan().all()) and parents[1].tolist() == [1] * 5 and best[2].tolist() == [torch.inf] * 5
 
