@@ -60,15 +60,15 @@ def steps(trie: Trie, level: int, users: int, beams: int) -> dict[str, Callable[
         return trie.log_probs(logits, level, nodes)
 
     first_child = trie.first_child[level]
-    timed = {
+    made = {
         "masking step": lambda: trie.best_children(logits, scores, level, nodes, beams),
         "distribution": distribution,
     }
     if device.type == "cuda":
-        timed["with torch.topk"] = lambda: reference.best_children(
+        made["with torch.topk"] = lambda: reference.best_children(
             distribution(), scores, first_child, nodes, beams, None
         )
-    return timed
+    return made
 
 
 def timed(step: Callable[[], object], device: torch.device) -> tuple[float, float, float]:

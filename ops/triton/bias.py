@@ -138,8 +138,8 @@ def sum_diagonals_kernel(sums, grad_bias, stride, radius, reach, BLOCK: tl.const
 class Bias:
     """The bias as the attention kernels read it.
 
-    table: [H, 2R+1] by distance, or if TILED [H, 2 * reach + 3, BLOCK, BLOCK] by block and pair (query, key);
-    mirrored: the same by (key, query), for a backward pass. stride: size of a head's part. reach: how many blocks
+    table: [H, 2R+1] by distance, or if TILED [H, 2 * reach + 3, BLOCK, BLOCK] by block, pairs (query, key) in the order
+    of `place_of`; mirrored: the same by (key, query), for a backward pass. stride: size of a head's part. reach: how many blocks
     from the diagonal there are distances below R. far: there are pairs beyond: blocks if TILED, else distances above R.
     """
 
