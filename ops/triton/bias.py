@@ -139,8 +139,9 @@ class Bias:
     """The bias as the attention kernels read it.
 
     table: [H, 2R+1] by distance, or if TILED [H, 2 * reach + 3, BLOCK, BLOCK] by block, pairs (query, key) in the order
-    of `place_of`; mirrored: the same by (key, query), for a backward pass. stride: size of a head's part. reach: how many blocks
-    from the diagonal there are distances below R. far: there are pairs beyond: blocks if TILED, else distances above R.
+    of `place_of`; mirrored: the same by (key, query), for a backward pass. stride: size of a head's part. reach: how
+    many blocks from the diagonal there are distances below R. far: there are pairs beyond: blocks if TILED, else
+    distances above R.
     """
 
     table: Tensor | None
