@@ -122,18 +122,19 @@ def train(
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     state = run.restore(model, optimizer)
+    distributed.weights_from_main(model)
     first, best = state["step"], state["best"]  # best: validation metrics of the best checkpoint
     run.save_config()
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = accelerator.prepare(optimizer)
 
-    # One process on a GPU replays its passes as CUDA graphs.
-    recorded = device.type == "cuda" and accelerator.num_processes == 1
-    fillers = filler_rows(batch_size) if recorded else 0
+    recorded = device.type == "cuda"  # passes are replayed as CUDA graphs
+    fillers = filler_rows(batch_size // accelerator.num_processes) if recorded else 0
 
     def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Forward and backward for samples that count `weight` in the step's mean; returns their part of its losses."""
-        losses = prepared(tokenize(source.device_batch(index, uniform, size, fillers), trie.item_codes), trie)
-        accelerator.backward(losses.loss * weight * n_shares)
+        with accelerator.autocast():  # here, so that a recording holds its own casts of the weights
+            losses = model(tokenize(source.device_batch(index, uniform, size, fillers), trie.item_codes), trie)
+        accelerator.backward(losses.loss * weight * gradient_accumulate_every)
         return torch.stack([losses.loss, *losses.level_losses]).detach() * weight
 
     replay = Replay(passes, model, device, recorded)
@@ -168,13 +169,14 @@ def train(
             targets = source.n_targets(index, uniform)
             means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
             for share in shares[accelerator.process_index :: accelerator.num_processes]:
-                with accelerator.accumulate(prepared):
+                with accelerator.accumulate(model):
                     n_items = source.n_items(*share)
                     size = filled_size(n_items, fillers, max_items)
                     weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
                     means += replay(size, *share, weight)
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
+                        distributed.sum_gradients(model.parameters(), accelerator)
+                        norm = accelerator.clip_grad_norm_(model.parameters(), max_gradient_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
             done = step + 1

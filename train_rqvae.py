@@ -11,7 +11,7 @@ from pathlib import Path
 import gin
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 
 from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
 from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
@@ -111,9 +111,10 @@ def train(
     first = run.restore(model, optimizer)["step"]
     if first == 0:
         model.initialize(x[rows], generator)
+    distributed.weights_from_main(model)  # k-means may round differently on other machines
     run.save_config()
     plain_optimizer = optimizer
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = accelerator.prepare(optimizer)
 
     report.heading(
         "Tokenizer",
@@ -150,13 +151,15 @@ def train(
                 means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
             shares = [] if graphed else index.tensor_split(n_shares)
             for share in shares[accelerator.process_index :: accelerator.num_processes]:
-                with accelerator.accumulate(prepared):
-                    losses = prepared(x[share.to(device)], temperature)
+                with accelerator.accumulate(model):
+                    with accelerator.autocast():
+                        losses = model(x[share.to(device)], temperature)
                     weight = len(share) / len(index)  # shares may differ by one row
-                    accelerator.backward(losses.loss * weight * n_shares)
+                    accelerator.backward(losses.loss * weight * gradient_accumulate_every)
                     means += torch.stack([getattr(losses, name) for name in names]).detach() * weight
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(prepared.parameters(), max_gradient_norm)
+                        distributed.sum_gradients(model.parameters(), accelerator)
+                        norm = accelerator.clip_grad_norm_(model.parameters(), max_gradient_norm)
                     optimizer.step()
                     optimizer.zero_grad()
             done = step + 1
@@ -205,9 +208,8 @@ def train(
 def refit(model: RqVae, x: torch.Tensor, optimizer: AcceleratedOptimizer, seed: int) -> None:
     """Fits the codebooks to rows x [N, D] as the encoder sees them now, the same on every process."""
     model.fit_codebooks(x, torch.Generator(x.device).manual_seed(seed))
+    distributed.weights_from_main(model.layers)
     for layer in model.layers:
-        for tensor in layer.state_dict().values():
-            broadcast(tensor)
         for parameter in layer.parameters():
             for moment in optimizer.state.get(parameter, {}).values():
                 moment.zero_()  # of other codes; Adam's step count starts again with them

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 
+import train_decoder
+import train_rqvae
 from modules.model import EncoderDecoderRetrievalModel
 from tests.children import in_step, several
 from tests.pipeline import run
@@ -39,6 +42,11 @@ def main(folder: Path) -> None:
 
         return several(n, task)
 
+    def other_weights(rank: int) -> None:  # at the start of one process: the main one's count
+        if rank == 1:
+            for stage in (train_decoder, train_rqvae):
+                stage.set_seed = lambda seed: set_seed(seed + 1)
+
     def stopped(rank: int) -> None:  # one process of two gets the signal
         if rank == 1:
             in_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -51,7 +59,7 @@ def main(folder: Path) -> None:
         accumulated = (HALVES[stage], "train.gradient_accumulate_every = 2")
         extra = ("train.batch_size = 16",) if stage == "rqvae" else ()
         assert outcome(f"{stage}_one", 1, stage, *extra) == [0]
-        assert outcome(f"{stage}_two", 2, stage, *extra) == [0, 0]
+        assert outcome(f"{stage}_two", 2, stage, *extra, before=other_weights) == [0, 0]
         assert outcome(f"{stage}_accumulated", 1, stage, *accumulated) == [0]
     save = ("train.save_model_every = 3",)
     assert outcome("stopped", 2, "decoder", *save, before=stopped) == [143, 143]

@@ -1,6 +1,6 @@
-"""Several processes: how they start, and what the main process sends to the others."""
+"""Several processes: how they start, what the main process sends to the others, and the sum of their gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.checkpoint import Content
 
@@ -68,3 +68,23 @@ def content_from_main(content: Content | None, accelerator: Accelerator) -> Cont
         return None
     weights = tensors_from_main(content and content.weights, accelerator)
     return Content(weights, tensors_from_main(content and content.moments, accelerator), state)
+
+
+def weights_from_main(model: nn.Module) -> None:
+    """Gives the model of every process the main one's weights and buffers, in place."""
+    for tensor in model.state_dict().values():
+        broadcast(tensor)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Sums the gradients over all processes, in place: one all-reduce, the same bits on all of them.
+
+    In place of hooks in the backward pass, so that each process can replay its passes as a recording of its own.
+    """
+    if accelerator.num_processes == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])

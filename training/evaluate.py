@@ -77,7 +77,8 @@ class Evaluation:
         """Sum of the losses of the users that count, and their number: [2] float64."""
         history = JaggedTensor(items, offsets, longest)
         batch = SeqBatch(user, history, JaggedTensor.uniform(targets[:, None]), target_weights=weights)
-        loss = self.model(tokenize(batch, self.trie.item_codes), self.trie).loss
+        with self._accelerator.autocast():  # here, so that a recording holds its own casts of the weights
+            loss = self.model(tokenize(batch, self.trie.item_codes), self.trie).loss
         count = weights.sum(dtype=torch.float64)
         return torch.stack([loss.double() * count, count])
 
@@ -87,7 +88,7 @@ class Evaluation:
         left_out = JaggedTensor(*consumed, max_length=len(consumed[0])) if consumed else None
         none = JaggedTensor(user[:0], torch.zeros_like(offsets), 0)
         batch = SeqBatch(user, JaggedTensor(items, offsets, longest), none, left_out)
-        with self._accelerator.autocast():  # here, so that a recording holds its own casts of the weights
+        with self._accelerator.autocast():
             return beam_search(self.model, tokenize(batch, self.trie.item_codes), self.trie, self.beams).items
 
 

@@ -22,7 +22,8 @@ def record(function: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CU
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Other threads, as one of NCCL's, may ask the device for something meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = function()
     return graph, output
 
