@@ -24,6 +24,7 @@ from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.catalogue import Described, load_or_make_ids
 from training import cli, distributed, plots, report
 from training.evaluate import Evaluation, baseline_metrics
+from training.flat import FlatParameters
 from training.health import Health
 from training.replay import Replay
 from training.run import Run
@@ -117,9 +118,10 @@ def train(
 
     set_seed(seed)
     model = EncoderDecoderRetrievalModel(level_sizes=semantic_ids.level_sizes).to(device)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    matrices = FlatParameters(p for p in model.parameters() if p.ndim >= 2)
+    vectors = FlatParameters(p for p in model.parameters() if p.ndim < 2)
+    parameters = [matrices.whole, vectors.whole]
+    groups = [{"params": matrices.whole}, {"params": vectors.whole, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     state = run.restore(model, optimizer)
     distributed.weights_from_main(model)
@@ -135,9 +137,11 @@ def train(
         with accelerator.autocast():  # here, so that a recording holds its own casts of the weights
             losses = model(tokenize(source.device_batch(index, uniform, size, fillers), trie.item_codes), trie)
         accelerator.backward(losses.loss * weight * gradient_accumulate_every)
+        matrices.gather()
+        vectors.gather()
         return torch.stack([losses.loss, *losses.level_losses]).detach() * weight
 
-    replay = Replay(passes, model, device, recorded)
+    replay = Replay(passes, parameters, device, recorded)
     evaluation = Evaluation(model, trie, beams, eval_batch_size, accelerator, recorded)
 
     report.heading(
@@ -175,8 +179,8 @@ def train(
                     weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
                     means += replay(size, *share, weight)
                     if accelerator.sync_gradients:
-                        distributed.sum_gradients(model.parameters(), accelerator)
-                        norm = accelerator.clip_grad_norm_(model.parameters(), max_gradient_norm)
+                        distributed.sum_gradients(parameters, accelerator)
+                        norm = accelerator.clip_grad_norm_(parameters, max_gradient_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
             done = step + 1

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 REPOSITORY = Path(__file__).parents[1]
-WARMUP = 100  # steps that are not timed
+WARMUP = 500  # steps that are not timed, in which most sizes of batches are recorded
 
 
 def write_corpus(folder: Path, users: int, items: int) -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batch", type=int, default=256, help="histories a GPU")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--items", type=int, default=12_000)
     parser.add_argument("--cpu", action="store_true")

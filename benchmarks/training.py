@@ -18,6 +18,7 @@ from data.splits import every_prefix, windows
 from data.utils import SequenceSource, Shuffler, filled_size, filler_rows, tokenize
 from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
+from training.flat import FlatParameters
 from training.replay import Replay
 
 MAX_ITEMS, N_ITEMS = 20, 12_101
@@ -92,7 +93,8 @@ def measure(options: dict, batch_size: int, kind: str, args, peak: float | None)
         torch.cuda.reset_peak_memory_stats()
     model = EncoderDecoderRetrievalModel(sizes, **options, prefix_buckets=args.prefix_buckets,
                                          causal_encoder=kind != "bidirectional").to(device)  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    flat = FlatParameters(model.parameters())
+    optimizer = torch.optim.AdamW([flat.whole], 1e-3, fused=True)
     forward = torch.compile(model, dynamic=True) if args.compile else model
     graphed = device.type == "cuda" and not args.eager
     fillers = filler_rows(batch_size) if graphed else 0
@@ -102,9 +104,10 @@ def measure(options: dict, batch_size: int, kind: str, args, peak: float | None)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = forward(batch, trie).loss
         loss.backward()
+        flat.gather()
         return loss.detach()
 
-    replay = Replay(backward, model, device, graphed)
+    replay = Replay(backward, [flat.whole], device, graphed)
     shuffler = Shuffler(len(source), batch_size, 0)
     examples = items = 0
 
@@ -114,7 +117,7 @@ def measure(options: dict, batch_size: int, kind: str, args, peak: float | None)
         n_items, n_targets = source.n_items(index, uniform), source.n_targets(index, uniform)
         examples, items = examples + n_targets, items + n_items
         loss = replay(filled_size(n_items, fillers, MAX_ITEMS), index, uniform)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(flat.whole, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss

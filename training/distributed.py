@@ -77,14 +77,11 @@ def weights_from_main(model: nn.Module) -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Sums the gradients over all processes, in place: one all-reduce, the same bits on all of them.
+    """Sums the gradients over all processes, in place, to the same bits on each: an all-reduce a parameter.
 
     In place of hooks in the backward pass, so that each process can replay its passes as a recording of its own.
     """
-    if accelerator.num_processes == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)

@@ -35,8 +35,8 @@ class Evaluation:
     ) -> None:
         self.model, self.trie, self.beams, self.batch_size = model, trie, beams, batch_size
         self._accelerator, self._recorded = accelerator, recorded
-        self._loss = Replay(self._batch_loss, None, accelerator.device, recorded)
-        self._items = Replay(self._batch_items, None, accelerator.device, recorded)
+        self._loss = Replay(self._batch_loss, [], accelerator.device, recorded)
+        self._items = Replay(self._batch_items, [], accelerator.device, recorded)
 
     def loss(self, source: SequenceSource) -> float:
         """Mean of -log p(target) over all samples of the source, in nats."""

@@ -1,13 +1,39 @@
-"""torch's AdamW with the numbers of all parameters in one stretch of memory, for one kernel."""
+"""Parameters in one stretch of memory, so that an optimizer has one tensor to launch kernels for instead of many."""
+
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.triton.adamw import clipped_adamw
 
 
+class FlatParameters:
+    """Parameters that become views of one, `whole`, which an optimizer takes in their place.
+
+    A model trains on its own parameters; `gather`, after each backward pass, hands their gradients to the whole.
+    They can still be read, saved and loaded in place.
+    whole: [sum of the sizes], on the device and in the dtype of the parameters, which must agree in both.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parts = list(parameters)
+        values = torch.cat([part.detach().flatten() for part in self._parts])
+        for part, view in zip(self._parts, values.split([part.numel() for part in self._parts]), strict=True):
+            part.data = view.view_as(part)
+        self.whole = nn.Parameter(values)
+
+    def gather(self) -> None:
+        """Adds the parts' gradients to that of the whole, 0 where a part has none, and clears them."""
+        gradients = [part.grad if part.grad is not None else torch.zeros_like(part) for part in self._parts]
+        gradient = torch.cat([gradient.flatten() for gradient in gradients])
+        self.whole.grad = gradient if self.whole.grad is None else self.whole.grad.add_(gradient)
+        for part in self._parts:
+            part.grad = None
+
+
 class FlatAdamW:
-    """Clips the gradient and makes the optimizer's step, without asking the host for anything.
+    """torch's AdamW in one kernel: clips the gradient and makes the optimizer's step, without asking the host.
 
     Made once the parameters have gradients; those without one are left alone, as torch leaves them. The others' values
     and the optimizer's state of them become views of `state` and `steps`, so that both can still be read, saved and

@@ -1,6 +1,6 @@
 """Steps of training as CUDA graphs: recorded once for each shape, then replayed without the host in between."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,9 @@ class Recording:
 
 
 class Replay:
-    """Calls a function that adds to the gradients of a model, and returns a tensor that the next call overwrites.
+    """Calls a function that adds to the gradients of parameters, and returns a tensor that the next call overwrites.
 
-    model: None where the function leaves gradients alone.
+    parameters: those whose gradients it leaves changed.
     function(size, *inputs): all else that varies from call to call comes in the inputs, and no step of it may ask the
     device for a number. recorded: record every size and shape at its first call, which needs a GPU; otherwise the
     function is called. Recorded passes write gradients of their own, which cost nothing to clear: let
@@ -49,10 +49,13 @@ class Replay:
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], model: nn.Module | None, device: torch.device, recorded: bool
+        self,
+        function: Callable[..., Tensor],
+        parameters: Iterable[nn.Parameter],
+        device: torch.device,
+        recorded: bool,
     ) -> None:
-        self._function, self._device = function, device
-        self._parameters = [p for p in model.parameters() if p.requires_grad] if model is not None else []
+        self._function, self._parameters, self._device = function, list(parameters), device
         self._recordings: dict[tuple, Recording] | None = {} if recorded else None
 
     def __call__(self, size: int, *inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW on flat memory against torch's optimizer and torch's clipping."""
+"""Parameters and AdamW on flat memory against torch's optimizer and clipping of the parameters one by one."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch import nn
 from ops.triton.adamw import clipped_adamw
 from tests.ops.triton.device import DEVICE
 from training.checkpoint import Checkpoints, load, load_optimizer
-from training.flat import FlatAdamW
+from training.flat import FlatAdamW, FlatParameters
 
 SHAPES = [(7,), (700, 3), (1,), (), (512,), (3, 5), (2, 600)]  # some share a program, some have several
 SETTINGS = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1, "fused": True}
@@ -43,6 +43,34 @@ def assert_same(models: list[nn.ParameterList], optimizers: list[torch.optim.Ada
         assert set(mine) == set(theirs)
         for name, moment in theirs.items():
             torch.testing.assert_close(mine[name], moment, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+def test_the_whole_is_trained_as_its_parts_would_be(micro_steps):
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3), nn.Linear(3, 1)).to(DEVICE)
+    twin = copy.deepcopy(model)
+    flat = FlatParameters(model.parameters())
+    optimizers = [torch.optim.AdamW(each, 0.1, **SETTINGS) for each in ([flat.whole], twin.parameters())]
+    clipped = []
+    for step in range(4):
+        for micro in range(micro_steps):
+            x = torch.randn(6, 5, generator=torch.Generator().manual_seed(10 * step + micro)).to(DEVICE)
+            for each in (model, twin):
+                each[:3](x).square().sum().backward()  # the last layer has no gradient
+            flat.gather()
+        assert all(p.grad is None for p in model.parameters())
+        norms = [torch.nn.utils.clip_grad_norm_(each, 2.0) for each in ([flat.whole], twin.parameters())]
+        clipped.append(float(norms[1]) > 2)
+        torch.testing.assert_close(*norms)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for mine, theirs in zip(model[:3].parameters(), twin[:3].parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert any(clipped)
+    weights = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    assert bool((flat.whole == 0.5).all())
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])

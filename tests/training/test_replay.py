@@ -49,7 +49,7 @@ def run(replay: Replay, model: nn.Module, clear: bool = False) -> list[torch.Ten
 
 def test_without_recording_the_function_is_called():
     calls, model = [], make_model("cpu")
-    results = run(Replay(passes(model, calls), model, torch.device("cpu"), recorded=False), model)
+    results = run(Replay(passes(model, calls), model.parameters(), torch.device("cpu"), recorded=False), model)
     assert calls == [3, 4] * 3
     twin = make_model("cpu")
     function = passes(twin)
@@ -65,8 +65,8 @@ def test_without_recording_the_function_is_called():
 def test_recorded_passes_give_the_losses_and_gradients_of_called_ones(clear):
     device, calls = torch.device("cuda"), []
     called, recorded = make_model("cuda"), make_model("cuda")
-    expected = run(Replay(passes(called), called, device, recorded=False), called, clear)
-    actual = run(Replay(passes(recorded, calls), recorded, device, recorded=True), recorded, clear)
+    expected = run(Replay(passes(called), called.parameters(), device, recorded=False), called, clear)
+    actual = run(Replay(passes(recorded, calls), recorded.parameters(), device, recorded=True), recorded, clear)
     assert len(calls) < 12 and set(calls) == {3, 4}
     for mine, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
@@ -87,7 +87,7 @@ def training_steps(device: torch.device, recorded: bool) -> list[torch.Tensor]:
         loss.backward()
         return loss.detach()
 
-    replay, results = Replay(passes, model, device, recorded), []
+    replay, results = Replay(passes, model.parameters(), device, recorded), []
     for step in range(4):
         torch.manual_seed(step)
         model.zero_grad(set_to_none=True)
