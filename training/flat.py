@@ -26,7 +26,7 @@ class FlatParameters:
         """Adds the parts' gradients to that of the whole, 0 where a part has none, and clears them."""
         gradients = [part.grad if part.grad is not None else torch.zeros_like(part) for part in self._parts]
         gradient = torch.empty_like(self.whole)
-        torch._foreach_copy_(self._views(gradient), gradients)  # three times as fast as torch.cat on a GPU
+        torch._foreach_copy_(self._views(gradient), gradients)  # in fewer and faster kernels than torch.cat on a GPU
         self.whole.grad = gradient if self.whole.grad is None else self.whole.grad.add_(gradient)
         for part in self._parts:
             part.grad = None
