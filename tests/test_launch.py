@@ -1,10 +1,11 @@
-"""Under a real launcher: what happens to the others when one process fails, or when the launcher is told to stop."""
+"""Under a real launcher: what happens to the others when one process fails, or when the launcher is told to stop.
+And in an interpreter that can't import Triton."""
 
 import os
 import subprocess
 import sys
 
-from tests.pipeline import REPOSITORY, bindings
+from tests.pipeline import REPOSITORY, bindings, write_raw
 from training.checkpoint import Checkpoints
 
 SCRIPT = """
@@ -22,6 +23,15 @@ def stop_the_launcher():
 if os.environ["RANK"] == "1":
     in_step(5, {action})
 cli.run(train_decoder.train, "")
+"""
+
+WITHOUT_TRITON = """
+import sys
+from pathlib import Path
+sys.modules["triton"] = None  # every import of it raises ImportError
+from tests.pipeline import run
+for stage in ("rqvae", "decoder"):
+    run(Path(sys.argv[1]), stage, "train.iterations = 3")
 """
 
 
@@ -49,3 +59,11 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(trained, tmp_path):
     assert "stopped by SIGTERM after step" in done.stderr
     newest = Checkpoints(tmp_path / "stop" / "run" / "checkpoints").newest()
     assert 5 <= int(newest.name.split("_")[1]) < 300
+
+
+def test_both_stages_run_without_triton(tmp_path):
+    write_raw(tmp_path)
+    command = [sys.executable, "-c", WITHOUT_TRITON, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "decoder" / "metrics.json").is_file()

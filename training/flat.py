@@ -5,8 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ops.triton.adamw import clipped_adamw
-
 
 class FlatParameters:
     """Parameters that become views of one, `whole`, which an optimizer takes in their place.
@@ -68,5 +66,7 @@ class FlatAdamW:
 
     def step(self, rate: Tensor) -> Tensor:
         """Updates the parameters by their gradients. rate: [], on their device. Returns the norm before clipping."""
+        from ops.triton.adamw import clipped_adamw
+
         grads = torch.cat([p.grad.flatten() for p in self._parameters])
         return clipped_adamw(self.state, self.steps, self._ends, grads, rate, *self._settings)

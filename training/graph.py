@@ -5,6 +5,7 @@ from torch import Tensor
 
 from modules.rqvae import RqVae
 from ops.precision import matmul_precision
+from training.flat import FlatAdamW
 from training.replay import record
 
 
@@ -52,8 +53,6 @@ class TokenizerStep:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Puts weights and moments back as they were."""
-        from training.flat import FlatAdamW
-
         weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         rate, temperature = self.settings
         self._passes(temperature)  # shows which parameters have a gradient
