@@ -173,7 +173,7 @@ def train(
             targets = source.n_targets(index, uniform)
             means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
             for share in shares[accelerator.process_index :: accelerator.num_processes]:
-                with accelerator.accumulate(model):
+                with accelerator.accumulate():
                     n_items = source.n_items(*share)
                     size = filled_size(n_items, fillers, max_items)
                     weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets

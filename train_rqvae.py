@@ -151,7 +151,7 @@ def train(
                 means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
             shares = [] if graphed else index.tensor_split(n_shares)
             for share in shares[accelerator.process_index :: accelerator.num_processes]:
-                with accelerator.accumulate(model):
+                with accelerator.accumulate():
                     with accelerator.autocast():
                         losses = model(x[share.to(device)], temperature)
                     weight = len(share) / len(index)  # shares may differ by one row

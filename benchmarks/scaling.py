@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 REPOSITORY = Path(__file__).parents[1]
-WARMUP = 4  # one part in so many of the steps is not timed: there most sizes of batches are recorded
+UNTIMED = 1 / 4  # share of the steps, the first, in which most sizes of batches are recorded
 
 
 def write_corpus(folder: Path, users: int, items: int) -> None:
@@ -58,7 +58,7 @@ def train(stage: str, folder: Path, name: str, processes: int, cpu: bool, *bindi
 def examples_per_second(root: Path, batch_size: int) -> float:
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["split"] == "train"]
-    timed = [row for row in rows if row["step"] >= rows[-1]["step"] / WARMUP]
+    timed = [row for row in rows if row["step"] >= UNTIMED * rows[-1]["step"]]
     first, last = timed[0], timed[-1]
     return (last["step"] - first["step"]) * batch_size / (last["time"] - first["time"])
 
@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gin", action="append", default=[], metavar="BINDING", help="of the retriever; repeatable")
     arguments = parser.parse_args()
+    if arguments.steps < 40:
+        parser.error("--steps: at least 40")
     with TemporaryDirectory() as name:
         folder, cpu = Path(name), arguments.cpu
         write_corpus(folder / "raw" / "beauty", arguments.users, arguments.items)
@@ -82,7 +84,7 @@ def main() -> None:
         common = (
             f'train.pretrained_rqvae_path="{folder}/rqvae"',
             f"train.iterations={arguments.steps}",
-            "train.log_every=50",
+            f"train.log_every={arguments.steps // 40}",
             "train.partial_eval_every=0",
             "train.full_eval_every=0",
             "train.save_model_every=0",

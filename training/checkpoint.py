@@ -177,7 +177,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, content: Content) -> None:
-    """Puts the optimizer's state into the optimizer."""
+    """Puts the optimizer's state into the optimizer. ValueError where it is of other parameters."""
+    written, present = (
+        [len(group["params"]) for group in groups] for groups in (content.state["param_groups"], optimizer.param_groups)
+    )
+    if written != present:
+        raise ValueError(
+            f"The optimizer in the checkpoint has groups of {written} parameters, that of this code of {present}: "
+            "another version wrote it. Choose another train.save_dir_root, or delete the folder."
+        )
     moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in content.moments.items():
         number, name = key.split(".", 1)

@@ -71,17 +71,20 @@ def content_from_main(content: Content | None, accelerator: Accelerator) -> Cont
 
 
 def weights_from_main(model: nn.Module) -> None:
-    """Gives the model of every process the main one's weights and buffers, in place."""
+    """Gives the model of every process the main one's weights and saved buffers, in place."""
     for tensor in model.state_dict().values():
         broadcast(tensor)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Sums the gradients over all processes, in place, to the same bits on each: an all-reduce a parameter.
+    """Sums the gradients over all processes, in place, by one all-reduce, to the same bits on each.
 
     In place of hooks in the backward pass, so that each process can replay its passes as a recording of its own.
     """
-    if accelerator.num_processes > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
+    if accelerator.num_processes == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(joined)
+    parts = joined.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])

@@ -10,7 +10,8 @@ class FlatParameters:
     """Parameters that become views of one, `whole`, which an optimizer takes in their place.
 
     A model trains on its own parameters; `gather`, after each backward pass, hands their gradients to the whole.
-    They can still be read, saved and loaded in place.
+    They can still be read, saved and loaded in place, but not moved or cast. A part without a gradient counts as one
+    with gradient 0: unlike torch's, an optimizer's weight decay and momentum move it.
     whole: [sum of the sizes], on the device and in the dtype of the parameters, which must agree in both.
     """
 
@@ -21,7 +22,12 @@ class FlatParameters:
             part.data = view
 
     def gather(self) -> None:
-        """Adds the parts' gradients to that of the whole, 0 where a part has none, and clears them."""
+        """Adds the parts' gradients to that of the whole, and clears them.
+
+        RuntimeError where the parts have been moved or cast since, as by `model.double()`.
+        """
+        if self._parts[0].data_ptr() != self.whole.data_ptr():
+            raise RuntimeError("The model was moved or cast after FlatParameters was made; make it after that.")
         gradients = [part.grad if part.grad is not None else torch.zeros_like(part) for part in self._parts]
         gradient = torch.empty_like(self.whole)
         torch._foreach_copy_(self._views(gradient), gradients)  # in fewer and faster kernels than torch.cat on a GPU

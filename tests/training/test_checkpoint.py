@@ -62,6 +62,13 @@ def test_model_and_optimizer_continue_as_if_never_saved(tmp_path):
     assert_goes_on_from(saved(tmp_path, [3]), 3)
 
 
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
+    content = load(saved(tmp_path, [3]).newest())
+    model, _ = trained(0)
+    with pytest.raises(ValueError, match="another version wrote it. Choose another train.save_dir_root"):
+        load_optimizer(torch.optim.AdamW(model.parameters()), content)
+
+
 def test_the_newest_stay_and_the_best_one_of_each_ones_time(tmp_path):
     checkpoints = saved(tmp_path, [1, 2, 3, 4, 5], best=(1, 4))
     assert names(tmp_path) == {"LAST", "BEST", *(f"step_0000000{step}" for step in (1, 3, 4, 5))}

@@ -58,6 +58,8 @@ def test_the_whole_is_trained_as_its_parts_would_be(micro_steps):
             for each in (model, twin):
                 each[:3](x).square().sum().backward()  # the last layer has no gradient
             flat.gather()
+        for parameter in twin[3].parameters():
+            parameter.grad = torch.zeros_like(parameter)
         assert all(p.grad is None for p in model.parameters())
         norms = [torch.nn.utils.clip_grad_norm_(each, 2.0) for each in ([flat.whole], twin.parameters())]
         clipped.append(float(norms[1]) > 2)
@@ -65,12 +67,15 @@ def test_the_whole_is_trained_as_its_parts_would_be(micro_steps):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for mine, theirs in zip(model[:3].parameters(), twin[:3].parameters(), strict=True):
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(mine, theirs)
     assert any(clipped)
     weights = {name: torch.full_like(value, 0.5) for name, value in model.state_dict().items()}
     model.load_state_dict(weights)
     assert bool((flat.whole == 0.5).all())
+    model.double()
+    with pytest.raises(RuntimeError, match="moved or cast"):
+        flat.gather()
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3])
