@@ -1,4 +1,4 @@
-"""Stage 2: trains a transformer that generates the semantic ID of a user's next item, and reports Recall and NDCG.
+"""Stage 2: trains a transformer that generates a user's next item down the tree of semantic IDs; Recall, NDCG and MRR.
 
     python train_decoder.py configs/decoder_sample.gin
 
@@ -17,19 +17,24 @@ from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in con
 from data.features import FeatureSource, item_features
 from data.processed import RecDataset, load_corpus
 from data.splits import draw_splits, every_prefix, windows
-from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, seed_noise, tokenize
+from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, seed_noise
 from data.vectors import Vectors  # noqa: F401  (named in configs)
-from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tokenizer.catalogue import Described, load_or_make_ids
+from modules.tree import Tree
 from training import cli, distributed, plots, report
-from training.evaluate import Evaluation, baseline_metrics
+from training.baselines import baseline_ranks, sasrec_ranks, train_sasrec
+from training.evaluate import PROTOCOLS, Evaluation
 from training.flat import FlatParameters
 from training.health import Health
+from training.metrics import all_figures, occurring, ranking_metrics, save_ranks, task_groups
 from training.replay import Replay
 from training.run import Run
 from training.schedule import due, warmup_cosine
 from training.signals import Stopped, StopSignal
+
+MAX_EXACT = 500_000  # items up to which beams are compared with the exact ranking
+CHOSEN_K = 10  # checkpoints and the item head's share are chosen by validation ndcg@10
 
 
 @gin.configurable
@@ -52,7 +57,10 @@ def train(
     every_position: bool = True,
     exclude_history: bool = False,
     beams: int = 50,
-    top_k: tuple[int, ...] = (1, 5, 10),
+    exact: bool = True,
+    top_k: tuple[int, ...] = (1, 5, 10, 20, 50),
+    patience: int = 0,
+    sasrec_baseline: bool = False,
     eval_batch_size: int = 512,
     gradient_accumulate_every: int = 1,
     amp: bool = False,
@@ -77,12 +85,16 @@ def train(
     items their IDs; what it was trained on.
     batch_size: histories a micro-step over all processes. max_items: longest history. every_position: each
     item of a training window is a target given those before it; off: one target a history, as a
-    bidirectional encoder needs. exclude_history: rank only items the user has not consumed, for the baselines as
-    well. partial_eval_every: steps between validation losses; full_eval_every: between
-    validations with generation, by whose NDCG at the last of top_k the best checkpoint is chosen.
-    beams: of generation. mixed_precision_type: "fp16" or "bf16", used if amp.
+    bidirectional encoder needs. exclude_history: whether the best checkpoint, the heads' shares and the end are chosen
+    by ranking items that the user has not consumed, or all items; the report has both. partial_eval_every: steps
+    between validation losses; full_eval_every: between rankings of the validation split, by whose ndcg@10 the best
+    checkpoint is chosen. patience: rankings without a better one after which training ends; 0: never.
+    exact: the whole catalogue is ranked; otherwise the candidates of a search with that many beams.
+    sasrec_baseline: train a SASRec as well, and report it. mixed_precision_type: "fp16" or "bf16", used if amp.
     """
-    if beams < max(top_k):
+    if CHOSEN_K not in top_k:
+        raise ValueError(f"train.top_k = {top_k} lacks {CHOSEN_K}, by which checkpoints are chosen.")
+    if not exact and beams < max(top_k):
         raise ValueError(f"train.beams = {beams} cannot rank the first {max(top_k)} items of train.top_k = {top_k}.")
     accelerator = distributed.start(amp, mixed_precision_type, gradient_accumulate_every)
     device = accelerator.device
@@ -90,34 +102,35 @@ def train(
         force = force_dataset_process and accelerator.is_local_main_process
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
     splits = draw_splits(split, corpus.interactions)
+    corpus.interactions = splits.interactions  # ties may have been shuffled
     read = partial(read_features, corpus, features, dataset_folder, splits, force_dataset_process) if features else None
     path = pretrained_rqvae_path.format(corpus=corpus.name)
-    semantic_ids = load_or_make_ids(path, pretrained_rqvae_revision, corpus, read, device)
+    semantic_ids, features = load_or_make_ids(path, pretrained_rqvae_revision, corpus, read, device)
     if (seen := semantic_ids.tokenizer.get("split", splits.name)) != splits.name:
         raise ValueError(
             f"The tokenizer was made for the {seen} split and may know what the {splits.name} split tests on: bind "
             "train.split and the shares of `temporal` as for train_rqvae.py."
         )
+    item_features = semantic_ids.tokenizer.get("item_features", "none")
     run = Run(
         save_dir_root.format(corpus=corpus.name),
-        {"corpus": corpus.hash, "semantic_ids": semantic_ids.digest},
+        {"corpus": corpus.hash, "semantic_ids": semantic_ids.digest, "item_features": item_features},
         accelerator,
         keep_checkpoints,
         wandb_project if wandb_logging else None,
         resume,
     )
-    trie = Trie.build(semantic_ids.codes).to(device)
+    tree = Tree.build(semantic_ids.codes, semantic_ids.level_sizes).to(device)
     if len(splits.test) == 0:
         raise ValueError(f"No user of corpus '{corpus.name}' has three or more interactions: nothing to evaluate.")
     samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)
-    source = SequenceSource(corpus.interactions, samples, max_items, device, every_position)
-    valid = SequenceSource(corpus.interactions, splits.valid, max_items, device, exclude_history=exclude_history)
-    test = {"test": SequenceSource(corpus.interactions, splits.test, max_items, device, False, exclude_history)}
-    if exclude_history:  # for comparison with those who rank all items
-        test["test_all_items"] = SequenceSource(corpus.interactions, splits.test, max_items, device)
+    source = SequenceSource(splits.interactions, samples, max_items, device, every_position)
+    valid = SequenceSource(splits.interactions, splits.valid, max_items, device)
+    test = SequenceSource(splits.interactions, splits.test, max_items, device)
 
     set_seed(seed)
-    model = EncoderDecoderRetrievalModel(level_sizes=semantic_ids.level_sizes).to(device)
+    described = torch.from_numpy(features).to(device) if features is not None else None  # [N, D]
+    model = EncoderDecoderRetrievalModel(tree, described)
     matrices = FlatParameters(p for p in model.parameters() if p.ndim >= 2)
     vectors = FlatParameters(p for p in model.parameters() if p.ndim < 2)
     parameters = [matrices.whole, vectors.whole]
@@ -135,31 +148,32 @@ def train(
     def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Forward and backward for samples that count `weight` in the step's mean; returns their part of its losses."""
         with accelerator.autocast():  # here, so that a recording holds its own casts of the weights
-            losses = model(tokenize(source.device_batch(index, uniform, size, fillers), trie.item_codes), trie)
+            losses = model(source.device_batch(index, uniform, size, fillers))
         accelerator.backward(losses.loss * weight * gradient_accumulate_every)
         matrices.gather()
         vectors.gather()
-        return torch.stack([losses.loss, *losses.level_losses]).detach() * weight
+        return torch.stack([losses.loss, losses.items, *losses.levels]).detach() * weight
 
     replay = Replay(passes, parameters, device, recorded)
-    evaluation = Evaluation(model, trie, beams, eval_batch_size, accelerator, recorded)
+    evaluation = Evaluation(model, beams, exact, eval_batch_size, accelerator, recorded)
 
     report.heading(
         "Retriever",
         corpus=f"{corpus.name}: {corpus.n_users:,} users, {corpus.n_items:,} items, {splits.name} split",
-        semantic_ids=f"{semantic_ids.level_sizes} codes on {trie.n_levels} levels",
+        semantic_ids=f"{semantic_ids.level_sizes} codes on {tree.n_levels} levels",
         training=f"{len(source):,} histories",
         model=f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}",
         folder=run.root,
         start=f"step {first:,} of {iterations:,}",
         show=accelerator.is_main_process,
     )
-    chosen_by = f"ndcg@{max(top_k)}"
-    shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed)
+    protocol = PROTOCOLS.index("new" if exclude_history else "all")
+    chosen_by = f"ndcg@{CHOSEN_K}"
+    shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed, samples.user)
     n_shares = accelerator.num_processes * gradient_accumulate_every
     shuffler.check_shares(n_shares)
     health = Health(accelerator, shuffler, run.checkpoints)
-    names = ["loss", *(f"loss_level_{n + 1}" for n in range(trie.n_levels))]
+    names = ["loss", "loss_items", *(f"loss_level_{n + 1}" for n in range(tree.n_levels))]
     bar = report.progress(iterations, first, accelerator.is_main_process)
     model.train()
     with StopSignal(accelerator.num_processes) as stop:
@@ -198,8 +212,12 @@ def train(
                 run.log(done, "valid", {"loss": evaluation.loss(valid)})
             improved = False
             if due(done, full_eval_every, iterations):
-                metrics = evaluation.metrics(valid, top_k)
-                run.log(done, "valid", metrics)
+                by_share = [ranking_metrics(ranks[protocol], top_k) for ranks in evaluation.ranks(valid)]
+                n = max(range(len(by_share)), key=lambda n: by_share[n][chosen_by])
+                model.item_share.fill_(evaluation.shares[n])
+                metrics = {"step": done, "item_share": evaluation.shares[n], **by_share[n]}
+                heads = {f"{head}/{chosen_by}": by_share[-i][chosen_by] for i, head in enumerate(model.heads)}
+                run.log(done, "valid", metrics | heads)
                 improved = metrics[chosen_by] > best.get(chosen_by, -1.0)
                 best = metrics if improved else best
             signum = stop.after_step()
@@ -211,15 +229,28 @@ def train(
                 run.close(status=128 + signum)
                 distributed.end(accelerator)
                 raise Stopped(signum, done)
+            if patience and best and done - best["step"] >= patience * full_eval_every:
+                break
     bar.close()
 
     run.load_best(model)
+    rows = baseline_ranks(test, splits.train_lengths, corpus.n_items)
+    if sasrec_baseline:
+        sasrec = train_sasrec(source, valid, corpus.n_items, PROTOCOLS[protocol], accelerator, seed)
+        rows["sasrec"] = sasrec_ranks(sasrec, test, accelerator)
+    rows |= evaluation.rows(test)
+    chosen = list(rows)[-1]
+    if model.decoder is None and corpus.n_items <= MAX_EXACT:  # what the beams lose
+        other = Evaluation(model, beams, not exact, eval_batch_size, accelerator, recorded)
+        rows["beams" if exact else "exact"] = other.rows(test)[chosen]
+    figures = all_figures(rows, task_groups(test, splits.train_lengths, corpus.n_items), top_k, corpus.n_items)
+    figures |= ranking_metrics(rows[chosen][PROTOCOLS[protocol]], top_k)
+    lists = evaluation.lists(test, CHOSEN_K, exclude_history)
+    figures["distinct_share"] = float(occurring(lists, corpus.n_items).float().mean())
     metrics = {f"valid/{name}": value for name, value in best.items()}
-    for name, split in test.items():
-        baselines = baseline_metrics(split, splits.train_lengths, corpus.n_items, top_k)
-        figures = evaluation.metrics(split, top_k) | baselines
-        metrics |= {f"{name}/{key}": value for key, value in figures.items()}
+    metrics |= {f"test/{name}": value for name, value in figures.items()}
     if accelerator.is_main_process:
+        save_ranks(run.root / "ranks.safetensors", rows)
         model.save_pretrained(run.root / "model")
     run.finish(metrics)
     if accelerator.is_main_process:
@@ -232,7 +263,7 @@ def train(
 def read_features(corpus, features, dataset_folder, splits, force) -> Described:
     """What a tokenizer without IDs for the corpus reads of it."""
     described = item_features(corpus, features, dataset_folder, splits.train_lengths, force)
-    return Described(described.values, described.identity, splits.name)
+    return Described(described, splits.name)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python train_rqvae.py configs/rqvae_sample.gin
 
-Leaves <save_dir_root>/tokenizer with the model and semantic_ids.safetensors, which train_decoder.py reads.
+Leaves <save_dir_root>/tokenizer with the model, semantic_ids.safetensors and features.npy; train_decoder.py reads the
+latter two.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.pretrained import push_folder
 from modules.rqvae import RqVae
 from modules.tokenizer.card import model_card
-from modules.tokenizer.catalogue import catalogue_codes, make_ids, reconstruction_error
-from modules.tokenizer.semids import SemanticIds
+from modules.tokenizer.catalogue import catalogue_codes, encoder_features, make_ids, reconstruction_error
+from modules.tokenizer.semids import FEATURES, IDS, SemanticIds
 from training import cli, distributed, plots, report
 from training.graph import TokenizerStep
 from training.health import Health
@@ -90,6 +91,7 @@ def train(
         force = force_dataset_process and accelerator.is_local_main_process
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
     splits = draw_splits(split, corpus.interactions)
+    corpus.interactions = splits.interactions
     described = item_features(corpus, features, dataset_folder, splits.train_lengths, force_dataset_process, categories)
     run = Run(
         save_dir_root.format(corpus=corpus.name),
@@ -191,9 +193,12 @@ def train(
     codes = catalogue_codes(model, x)
     metrics = {**catalogue_metrics(model, x), **id_metrics(model, codes, x)}
     if accelerator.is_main_process:
-        semantic_ids = make_ids(model, codes, corpus, described.identity, splits.name)
+        folder = run.root / "tokenizer"
+        folder.mkdir(exist_ok=True)
+        seen = encoder_features(model, x, ~described.from_interactions, folder / FEATURES)
+        semantic_ids = make_ids(model, codes, corpus, described.identity, splits.name, seen)
         metrics["extra_level_size"] = sum(semantic_ids.level_sizes[codes.shape[1] :])  # 0: the codes are unique
-        save_tokenizer(run.root / "tokenizer", model, semantic_ids, described.identity, metrics)
+        save_tokenizer(folder, model, semantic_ids, described.identity, metrics)
         plots.tokenizer(run.root)
         plots.codes(run.root, codes.cpu(), model.config["codebook_size"], corpus.items["categories"].to_list())
     run.finish(metrics)
@@ -231,7 +236,7 @@ def id_metrics(model: RqVae, codes: torch.Tensor, x: torch.Tensor) -> dict[str, 
 def save_tokenizer(folder: Path, model: RqVae, semantic_ids: SemanticIds, features: str, metrics: dict) -> None:
     """Writes the model, the catalogue's semantic IDs and the card."""
     model.save_pretrained(folder)
-    semantic_ids.save(folder / "semantic_ids.safetensors")
+    semantic_ids.save(folder / IDS)
     dataset = f"{semantic_ids.corpus_name} ({semantic_ids.n_items:,} items)"
     write_file(folder / "README.md", model_card(model.config, dataset, features, metrics).encode())
 

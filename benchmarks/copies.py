@@ -21,12 +21,10 @@ TOGETHER = 1 << 30  # bytes that the copies of a graph move
 def compare(lengths: torch.Tensor, width: int, dtype: torch.dtype, bandwidth: float) -> None:
     offsets, total, longest = lengths_to_offsets(lengths).cuda(), int(lengths.sum()), int(lengths.max())
     users, mask = len(lengths), torch.arange(longest, device="cuda") < lengths.cuda()[:, None]
-    ones = torch.arange(users + 1, device="cuda")
     size = width * dtype.itemsize  # bytes of a value
     times = -(-TOGETHER // (2 * total * size))
     values = [torch.randn(total, width, device="cuda", dtype=dtype) for _ in range(times)]
     padded = [reference.jagged_to_padded(v, offsets, longest) for v in values]
-    prefix = torch.randn(users, width, device="cuda", dtype=dtype)
     print(f"\n[{users}, {longest}, {width}] {str(dtype)[6:]}, {total:,} values, {times} copies in a graph")
     print(f"  {'microseconds a copy':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
 
@@ -39,9 +37,6 @@ def compare(lengths: torch.Tensor, width: int, dtype: torch.dtype, bandwidth: fl
     line("jagged to padded", lambda v: kernels.jagged_to_padded(v, offsets, longest), values, moved)
     line("jagged to padded, torch index copy", lambda v: reference.jagged_to_padded(v, offsets, longest), values, moved)
     line("padded to jagged", lambda p: kernels.padded_to_jagged(p, offsets, total), padded, 2 * total)
-    moved = 2 * (total + users)
-    line("prepend", lambda v: kernels.concat_rows(prefix, v, ones, offsets, 1, longest), values, moved)
-    line("prepend, torch index copy", lambda v: reference.jagged_concat(prefix, v, ones, offsets), values, moved)
 
     def put() -> torch.Tensor:
         return padded[0].new_zeros(padded[0].shape).index_put((mask,), values[0])

@@ -1,21 +1,25 @@
-"""Times on a GPU: quantiles by CUDA events with a cold L2 cache, the card's own limits, and one way to print them."""
+"""Times: quantiles of what runs on a GPU, by CUDA events with a cold L2 cache, or on a CPU by its clock; the card's own
+limits; and one way to print them."""
 
+import time
 from collections.abc import Callable
 
 import torch
-import triton
-from triton.testing import do_bench
 
 from training.replay import record
 
 
 def heading() -> None:
     """The card and the versions that all figures below belong to."""
+    import triton
+
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
 
 
 def quantiles(function: Callable, milliseconds: int = 100) -> tuple[float, float, float]:
     """20 %, 50 % and 80 % quantiles of the time of one call, in microseconds."""
+    from triton.testing import do_bench
+
     return tuple(1e3 * t for t in do_bench(function, warmup=25, rep=milliseconds, quantiles=[0.2, 0.5, 0.8]))
 
 
@@ -24,6 +28,36 @@ def replayed(function: Callable) -> Callable:
     graph, output = record(function)
     graph.output = output  # lives as long as the graph
     return graph.replay
+
+
+def timed(function: Callable, device: torch.device) -> tuple[float, float, float]:
+    """Quantiles as of `quantiles`: on a GPU of a CUDA graph, on a CPU of 15 calls."""
+    if device.type == "cuda":
+        return quantiles(replayed(function))
+    function()
+    marks = [mark(device)]
+    for _ in range(15):
+        function()
+        marks.append(mark(device))
+    return tuple(torch.tensor(seconds_between(marks)).quantile(torch.tensor([0.2, 0.5, 0.8])).mul(1e6).tolist())
+
+
+def mark(device: torch.device) -> float | torch.cuda.Event:
+    """A moment: of the host, or of the GPU's stream."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(marks: list) -> list[float]:
+    """Of each moment to the next; waits for the GPU."""
+    pairs = list(zip(marks, marks[1:], strict=False))
+    if isinstance(marks[0], float):
+        return [end - start for start, end in pairs]
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairs]
 
 
 def copy_bandwidth() -> float:

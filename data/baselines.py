@@ -18,49 +18,42 @@ class MostPopular:
     def __init__(self, interactions: Interactions, train_lengths: Tensor, n_items: int) -> None:
         items = interactions.items[in_training(interactions, train_lengths)].long()
         counts = torch.bincount(items, minlength=n_items)
-        self.order = counts.sort(descending=True, stable=True).indices  # [N]
+        self.order = counts.argsort(descending=True, stable=True)  # [N]
+        self._places = self.order.argsort()
 
-    def rank(self, last_items: Tensor, k: int) -> Tensor:
-        """The k best items for each of B users, best first.
-
-        Shape: last_items [B] int64, each user's last item -> [B, k] int64.
-        Raises ValueError where there are fewer than k items.
-        """
-        if not 1 <= k <= len(self.order):
-            raise ValueError(f"k must be 1 to {len(self.order)}, the number of items, not {k}")
-        return self.order[:k].repeat(len(last_items), 1)
+    def places(self, last_items: Tensor, items: Tensor) -> Tensor:
+        """Place, from 0, of each item in the ranking of a user with that last item. Shape: [M], [M] -> [M] int64."""
+        return self._places[items]
 
 
 class Transition:
-    """Ranks the items by how often they directly followed the user's last item in training.
+    """Ranks the items by how often they directly followed the user's last item in training, then the most popular.
 
-    The list is filled up with the most popular. Arguments as of `MostPopular`; ties go to the smaller item id
-    among both. No item appears twice.
+    Arguments as of `MostPopular`; ties go to the smaller item id among both. No item appears twice.
     """
 
     def __init__(self, interactions: Interactions, train_lengths: Tensor, n_items: int) -> None:
-        self.popular = MostPopular(interactions, train_lengths, n_items)
+        self.popular, self.n_items = MostPopular(interactions, train_lengths, n_items), n_items
         users = row_indices(interactions.offsets, len(interactions))
         follows = in_training(interactions, train_lengths)[1:] & (users[1:] == users[:-1])
         items = interactions.items.long()
         pairs, counts = torch.unique((items[:-1] * n_items + items[1:])[follows], return_counts=True)
-        self.pairs, self.n_items = pairs, n_items  # item * N + follower, ascending
-        by_count = counts.sort(descending=True, stable=True).indices
-        pairs = pairs[by_count]
-        pairs = pairs[(pairs // n_items).sort(stable=True).indices]
-        self.followers = pairs % n_items  # [P], those of item i at offsets[i] to offsets[i + 1], best first
-        self.offsets = torch.searchsorted(pairs // n_items, torch.arange(n_items + 1, device=pairs.device))
+        owner, follower = pairs // n_items, pairs % n_items  # [P], owner ascending
+        self._starts = torch.searchsorted(owner, torch.arange(n_items + 1))  # of each item's followers
+        by_count = counts.argsort(descending=True, stable=True)
+        best_first = by_count[owner[by_count].argsort(stable=True)]
+        end = torch.tensor([n_items**2])  # past every pair, so that a search always ends at one
+        self._pairs = torch.cat([pairs, end])
+        self._places = torch.zeros_like(self._pairs)  # of a pair's follower among those of its owner
+        self._places[best_first] = torch.arange(len(pairs)) - self._starts[owner]
+        self._popularity = (owner * n_items + self.popular.places(owner, follower)).sort().values
 
-    def rank(self, last_items: Tensor, k: int) -> Tensor:
-        """As `MostPopular.rank`."""
-        popular = self.popular.rank(last_items, k)  # [B, k]
-        if len(self.followers) == 0:
-            return popular
-        places = self.offsets[last_items, None] + torch.arange(k, device=last_items.device)  # [B, k]
-        known = places < self.offsets[last_items + 1, None]
-        followers = self.followers[places.clamp(max=len(self.followers) - 1)].where(known, -1)
-        wanted = last_items[:, None] * self.n_items + popular
-        found = torch.searchsorted(self.pairs, wanted).clamp(max=len(self.pairs) - 1)
-        fresh = self.pairs[found] != wanted  # popular items that are not followers
-        first = torch.cat([known, fresh], dim=1).sort(dim=1, descending=True, stable=True).indices[:, :k]
-        return torch.cat([followers, popular], dim=1).gather(1, first)
+    def places(self, last_items: Tensor, items: Tensor) -> Tensor:
+        """As `MostPopular.places`."""
+        row = last_items * self.n_items
+        pair = torch.searchsorted(self._pairs, row + items)
+        popular = self.popular.places(last_items, items)
+        first, end = self._starts[last_items], self._starts[last_items + 1]
+        followers_before = torch.searchsorted(self._popularity, row + popular) - first  # more popular than the item
+        behind = end - first + popular - followers_before
+        return torch.where(self._pairs[pair] == row + items, self._places[pair], behind)

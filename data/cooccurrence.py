@@ -28,6 +28,7 @@ class CoOccurrenceSvd:
     consumers come to share code prefixes. It never reads a validation or test interaction.
     """
 
+    from_interactions = True
     dim: int = 128
     window: int = 5
 
@@ -36,7 +37,8 @@ class CoOccurrenceSvd:
         return f"co-occurrence-svd(dim={self.dim}, window={self.window})"
 
     def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
-        return hashlib.sha256(corpus.hash.encode() + train_lengths.numpy().tobytes()).hexdigest()[:16]
+        read = (corpus.interactions.items, train_lengths)  # items at the same time may be in another order than stored
+        return hashlib.sha256(corpus.hash.encode() + b"".join(part.numpy().tobytes() for part in read)).hexdigest()[:16]
 
     def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
         """[N, dim] float32. ValueError where dim is more than the number of items allows, or nothing co-occurs."""

@@ -23,6 +23,7 @@ class TextEncoder:
     chunk_items: encode so many at a time, shared by all processes; None: all at once, in the main process.
     """
 
+    from_interactions = False
     chunk_items: int | None = None
 
     def content(self, corpus: Corpus, train_lengths: Tensor) -> str:

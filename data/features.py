@@ -23,10 +23,15 @@ class FeatureSource(Protocol):
     """Something that describes the items of a corpus by vectors.
 
     identity: everything about the source that changes its output, in one string.
+    from_interactions: whether it reads what users did. Such features shape the semantic IDs, but the retriever does not
+    get them: it trains on the very interactions that they are made of, and recommends worse with them.
     """
 
     @property
     def identity(self) -> str: ...
+
+    @property
+    def from_interactions(self) -> bool: ...
 
     def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
         """A hash of what the source reads of the corpus: features are computed anew when it changes."""
@@ -43,11 +48,13 @@ class ItemFeatures:
 
     n_cat_features: how many trailing columns are multi-hot categories.
     identity: what computed them.
+    from_interactions: [D + n_cat_features] bool, which columns are of sources that read interactions.
     """
 
     values: np.ndarray
     n_cat_features: int
     identity: str
+    from_interactions: np.ndarray
 
 
 def item_features(
@@ -85,14 +92,17 @@ def item_features(
         deviations = [float(block.var(0, dtype=np.float64).sum()) ** 0.5 for block in blocks]
         blocks = [block / (size if size > 1e-6 else 1) for block, size in zip(blocks, deviations, strict=True)]
     identity, n_cat_features = " + ".join(source.identity for source in sources), 0
+    from_interactions = [source.from_interactions for source in sources]
     if categories:
         path = folder / f"categories-{corpus.hash}.npy"
         write = partial(_save_in_turn, path, partial(_multi_hot, corpus), force)
         blocks.append(_cached(path, corpus.n_items, write, force))
         n_cat_features = blocks[-1].shape[1]
         identity += f" + {n_cat_features} categories"
+        from_interactions.append(False)
     values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-    return ItemFeatures(values, n_cat_features, identity)
+    from_interactions = np.repeat(from_interactions, [block.shape[1] for block in blocks])
+    return ItemFeatures(values, n_cat_features, identity, from_interactions)
 
 
 def _write(path: Path, source: FeatureSource, corpus: Corpus, train_lengths: Tensor, force: bool) -> None:

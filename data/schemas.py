@@ -33,7 +33,8 @@ class Samples:
     """Prediction tasks: the history is what `user` consumed before `position`, the target the item at it.
 
     user, position: [S] int64; positions count from the user's first interaction.
-    slack: [S] int64, by how much the position may be moved later when the sample is drawn for training.
+    slack: [S] int64, by how much the position may be moved later when the sample is drawn for training; negative: by
+    how much the start of the history, which then gets shorter. See `data.splits.drawn`.
     """
 
     user: Tensor
@@ -51,8 +52,9 @@ class SeqBatch:
     user: [B] int64. history: rows of n_b item ids, values [T] int64.
     targets: rows of m_b item ids, values [P] int64, m_b <= n_b: target i of row b followed the first
     n_b - m_b + 1 + i items of the history, so the last target followed all of it.
-    consumed: rows of all item ids before the last target, not only the history; None where all items may be
-    recommended.
+    consumed: rows of all item ids before the last target, not only the history; None in training.
+    seen: first [P], last [P], items [T]: before target p its user had consumed items[first[p]:last[p]], where an item
+    that the user had consumed earlier still is -1; None where it does not matter.
     target_weights: [P] float32, what each target counts in the mean loss; None: all count 1.
     """
 
@@ -61,25 +63,12 @@ class SeqBatch:
     targets: JaggedTensor
     consumed: JaggedTensor | None = None
     target_weights: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class TokenizedSeqBatch:
-    """A SeqBatch whose history is written in semantic IDs of L' codes an item.
-
-    user: [B] int64. tokens: values [T * L'] int64 codes. The rest as in SeqBatch.
-    """
-
-    user: Tensor
-    tokens: JaggedTensor
-    targets: JaggedTensor
-    consumed: JaggedTensor | None = None
-    target_weights: Tensor | None = None
+    seen: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class RankedItems:
-    """Best items first. items: [B, K] int64, -1 where fewer than K exist; log_probs: [B, K] float32, -inf there."""
+    """Best items first. items: [B, K] int64, -1 where fewer than K exist; scores: [B, K] float32, -inf there."""
 
     items: Tensor
-    log_probs: Tensor
+    scores: Tensor

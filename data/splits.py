@@ -1,6 +1,6 @@
 """Which (user, position) pairs train, validate and test."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gin
 import torch
@@ -12,12 +12,13 @@ from ops.jagged import lengths_to_offsets, row_indices
 
 @dataclass(frozen=True)
 class Splits:
-    """name: the rule that drew them. valid, test: prediction tasks.
+    """name: the rule that drew them. interactions: in the order that was split. valid, test: prediction tasks.
 
     train_lengths: [U] int64, how many leading interactions of each user are training data.
     """
 
     name: str
+    interactions: Interactions
     train_lengths: Tensor
     valid: Samples
     test: Samples
@@ -34,7 +35,7 @@ def leave_one_out(interactions: Interactions) -> Splits:
     fixed = torch.zeros_like(users)
     valid = Samples(users, lengths[users] - 2, fixed)
     test = Samples(users, lengths[users] - 1, fixed)
-    return Splits("leave-one-out", train_lengths, valid, test)
+    return Splits("leave-one-out", interactions, train_lengths, valid, test)
 
 
 @gin.configurable
@@ -69,15 +70,37 @@ def temporal(interactions: Interactions, valid_share: float = 0.1, test_share: f
     if not len(valid) or not len(test):
         raise ValueError("The temporal split leaves no user to validate or test on: choose larger shares.")
     name = "temporal " + "/".join(f"{100 * share:.4g}" for share in shares) + " %"
-    return Splits(name, before[0], valid, test)
+    return Splits(name, interactions, before[0], valid, test)
 
 
-def draw_splits(kind: str, interactions: Interactions) -> Splits:
-    """kind: "leave-one-out", or "temporal" with the gin parameters of `temporal`. ValueError for any other."""
+@gin.configurable("split")
+def draw_splits(kind: str, interactions: Interactions, tie_seed: int | None = None) -> Splits:
+    """kind: "leave-one-out", or "temporal" with the gin parameters of `temporal`.
+
+    tie_seed: interactions of a user at the same time are split in a random order that this seed draws, and the name
+    of the splits tells it; None: in the order of the source.
+    Raises ValueError for any other kind, or a tie_seed where the interactions have no times.
+    """
     kinds = {"leave-one-out": leave_one_out, "temporal": temporal}
     if kind not in kinds:
         raise ValueError(f"train.split must be one of {', '.join(kinds)}, not {kind!r}")
-    return kinds[kind](interactions)
+    if tie_seed is None:
+        return kinds[kind](interactions)
+    splits = kinds[kind](shuffle_ties(interactions, tie_seed))
+    return replace(splits, name=f"{splits.name} (tie seed {tie_seed})")
+
+
+def shuffle_ties(interactions: Interactions, seed: int) -> Interactions:
+    """The interactions of each user at the same time in a random order. ValueError where there are no times."""
+    times = interactions.timestamps
+    if times is None:
+        raise ValueError(f"split.tie_seed = {seed} needs timestamps, and this corpus has the order only: leave it out.")
+    users = row_indices(interactions.offsets, len(times))
+    later = (users.diff() != 0) | (times.diff() != 0)  # than the one before
+    moments = torch.cat([later.new_zeros(1), later]).cumsum(0)
+    shuffled = torch.randperm(len(times), generator=torch.Generator().manual_seed(seed))
+    order = shuffled[moments[shuffled].argsort(stable=True)]
+    return replace(interactions, items=interactions.items[order])
 
 
 def in_training(interactions: Interactions, train_lengths: Tensor) -> Tensor:
@@ -94,16 +117,30 @@ def every_prefix(train_lengths: Tensor) -> Samples:
 
 
 def windows(train_lengths: Tensor, max_items: int) -> Samples:
-    """The training data of each user cut into windows of `max_items` targets, from the end backwards.
+    """The training data of each user cut into as few windows of up to `max_items` targets as there can be.
 
-    Drawn with every position a target, they make each training interaction but the first of each user a target
-    once; the slack lets windows of long users slide, so that their cuts fall elsewhere in every epoch.
+    Drawn with every position a target and one number for all windows of a user, they make each training interaction
+    but the first of each user a target once. The cuts between windows lie max_items targets apart, and all move
+    together, by as much as the first window lacks to be full.
     """
     targets = (train_lengths - 1).clamp_min(0)
-    users, from_end = _enumerate((targets + max_items - 1) // max_items)
-    last = targets[users]
-    position = last - from_end * max_items
-    return Samples(users, position, (last - position).clamp_max(max_items - 1))
+    counts = (targets + max_items - 1) // max_items
+    room = (counts * max_items - targets).where(counts > 1, 0)
+    users, from_end = _enumerate(counts)
+    slack = room[users]
+    return Samples(users, targets[users] - from_end * max_items, torch.where(from_end == 0, -slack, slack))
+
+
+def drawn(samples: Samples, index: Tensor, uniform: Tensor | None, max_items: int) -> tuple[Tensor, Tensor]:
+    """Position and length of history of samples as they are drawn, [B] int64 both; no step waits for the device.
+
+    index: [B] int64. max_items: longest history. uniform: [B] float64 in [0, 1), how far each sample goes in its slack:
+    a positive one moves the position later, a negative one the start of the history; None leaves all in place.
+    """
+    position, slack = samples.position[index], samples.slack[index]
+    shift = torch.zeros_like(slack) if uniform is None else (uniform * (slack.abs() + 1)).long()
+    position = position + shift.where(slack > 0, 0)
+    return position, position.clamp_max(max_items) - shift.where(slack < 0, 0)
 
 
 def _enumerate(counts: Tensor) -> tuple[Tensor, Tensor]:

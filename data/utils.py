@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.schemas import Interactions, Samples, SeqBatch, TokenizedSeqBatch
+from data.schemas import Interactions, Samples, SeqBatch
+from data.splits import drawn
 from ops.jagged import JaggedTensor, lengths_to_offsets, row_indices
 
 CONSUMED_GRAIN = 16  # items a row, to a multiple of which the consumed ones of a batch are filled up
@@ -21,7 +22,6 @@ class SequenceSource:
     interactions, samples: the data; its items move to `device` once.
     max_items: the history is the up to `max_items` items before the target.
     every_position: each item of the window is a target given those before it, not only the last.
-    exclude_history: batches say what each user has consumed, so that it is not recommended again.
     """
 
     def __init__(
@@ -31,18 +31,17 @@ class SequenceSource:
         max_items: int,
         device: torch.device,
         every_position: bool = False,
-        exclude_history: bool = False,
     ) -> None:
         self.interactions = interactions
         self.samples = samples
         self.max_items = max_items
         self.device = device
         self.every_position = every_position
-        self.exclude_history = exclude_history
         self._lengths = samples.position.clamp_max(max_items)  # [S] items of each history, on the host
         self._samples = Samples(samples.user.to(device), samples.position.to(device), samples.slack.to(device))
         self._starts = interactions.offsets[samples.user].to(device)  # [S] row of each user's first interaction
         self._items = interactions.items.to(device)
+        self._first = first_occurrences(JaggedTensor(self._items, interactions.offsets.to(device), max_items))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -51,7 +50,7 @@ class SequenceSource:
         """How many items the histories of `batch` of the same arguments have."""
         if uniform is None:
             return int(self._lengths[index].sum())
-        return int(_position(self.samples, index, uniform).clamp_max(self.max_items).sum())
+        return int(drawn(self.samples, index, uniform, self.max_items)[1].sum())
 
     def n_targets(self, index: Tensor, uniform: Tensor | None = None) -> int:
         """How many targets `batch` of the same arguments has."""
@@ -60,14 +59,12 @@ class SequenceSource:
     def batch(self, index: Tensor, uniform: Tensor | None = None) -> SeqBatch:
         """index: [B] int64, of samples, on the host: their lengths are known without asking the device.
 
-        uniform: [B] float64 in [0, 1), how far each position moves within its slack; None leaves all in place.
+        uniform: [B] float64 in [0, 1), how far each sample goes in its slack; None leaves all in place.
         """
-        consumed = None
-        if self.exclude_history:
-            before = self.samples.position[index]
-            ends = self.interactions.offsets[self.samples.user[index]] + before
-            bounds = int(before.sum()), int(before.max())
-            consumed, _ = self._slice(ends.to(self.device), before.to(self.device), *bounds)
+        before = self.samples.position[index]
+        ends = self.interactions.offsets[self.samples.user[index]] + before
+        bounds = int(before.sum()), int(before.max())
+        consumed, _ = self._slice(ends.to(self.device), before.to(self.device), *bounds)
         on_device = (index.to(self.device), uniform.to(self.device) if uniform is not None else None)
         return replace(self.device_batch(*on_device, self.n_items(index, uniform)), consumed=consumed)
 
@@ -77,23 +74,26 @@ class SequenceSource:
         n_items: items of the batch. If its histories have fewer, `fillers` more rows, of up to max_items items each,
         make up for them, so that batches of different lengths have equal shapes; their targets have weight 0.
         """
-        position = _position(self._samples, index, uniform)
-        ends, lengths = self._starts[index] + position, position.clamp_max(self.max_items)
+        position, lengths = drawn(self._samples, index, uniform, self.max_items)
+        starts = self._starts[index]
+        ends = starts + position
         user = self._samples.user[index]
         if fillers:
             places = torch.arange(fillers, device=self.device) * self.max_items
             filled = (n_items - lengths.sum() - places).clamp(0, self.max_items)
             lengths, ends = torch.cat([lengths, filled]), torch.cat([ends, filled])
-            user = F.pad(user, (0, fillers))
+            user, starts = F.pad(user, (0, fillers)), F.pad(starts, (0, fillers))
         history, rows = self._slice(ends, lengths, n_items, self.max_items)
         next_rows = (rows + 1 if self.every_position else ends).clamp_max(len(self._items) - 1)
         next_items = self._items[next_rows].long()
+        if self.every_position:
+            starts = starts[row_indices(history.offsets, n_items)]
         targets = history.with_values(next_items) if self.every_position else JaggedTensor.uniform(next_items[:, None])
         weights = None
         if fillers:
             real = torch.arange(len(user), device=self.device) < len(index)
             weights = real[row_indices(targets.offsets, len(targets.values))].float()
-        return SeqBatch(user, history, targets, target_weights=weights)
+        return SeqBatch(user, history, targets, None, weights, (starts, next_rows, self._first))
 
     def _slice(self, ends: Tensor, lengths: Tensor, total: int, max_length: int) -> tuple[JaggedTensor, Tensor]:
         """The `lengths` items before the rows `ends`, and their rows. Shape: [B] -> rows of item ids, [T]."""
@@ -115,8 +115,6 @@ class SequenceSource:
         batch = self.device_batch(on_device, None, n_items, fillers)
         rows = row_indices(batch.targets.offsets, len(batch.targets.values))
         batch = replace(batch, target_weights=batch.target_weights.masked_fill(rows >= n_real, 0.0))
-        if not self.exclude_history:
-            return batch
         total = filled_size(int(self.samples.position[index].sum()), n_samples, CONSUMED_GRAIN)
         lengths = F.pad(self._samples.position[on_device], (0, fillers))
         ends = F.pad(self._starts[on_device], (0, fillers)) + lengths
@@ -131,23 +129,20 @@ class SequenceSource:
             yield self.filled_batch(index, min(batch_size, len(self))) if filled else self.batch(index)
 
 
-def _position(samples: Samples, index: Tensor, uniform: Tensor | None) -> Tensor:
-    position = samples.position[index]
-    return position if uniform is None else position + (uniform * (samples.slack[index] + 1)).long()
-
-
 class Shuffler:
     """Which samples make the global batch of a step, as a pure function of (seed, step).
 
     n: samples. An epoch is a permutation of them cut into batches of `batch_size` (n, if that is less); what
-    fills no batch is left out, and comes in another epoch.
+    fills no batch is left out, and comes in another epoch. groups: [n] int64, samples that share their uniform number
+    of an epoch, as the windows of a user do; None: no two do.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, groups: Tensor | None = None) -> None:
         if n < 1 or batch_size < 1:
             raise ValueError(f"Cannot draw batches of {batch_size} from {n} training samples.")
         self.n, self.batch_size, self.seed = n, min(batch_size, n), seed
-        self._epoch, self._order = -1, torch.empty(0)
+        self._groups = torch.arange(n) if groups is None else groups
+        self._epoch, self._order, self._uniform = -1, torch.empty(0), torch.empty(0)
 
     def check_shares(self, n: int) -> None:
         """ValueError where a batch is too small for each of n shares to get a sample."""
@@ -163,9 +158,10 @@ class Shuffler:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "epoch", epoch))
             self._epoch, self._order = epoch, torch.randperm(self.n, generator=generator)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "step", step))
-        uniform = torch.rand(self.batch_size, dtype=torch.float64, generator=generator)
-        return self._order[place * self.batch_size : (place + 1) * self.batch_size], uniform
+            groups = int(self._groups.max()) + 1
+            self._uniform = torch.rand(groups, dtype=torch.float64, generator=generator)
+        index = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        return index, self._uniform[self._groups[index]]
 
 
 def filler_rows(batch_size: int) -> int:
@@ -199,12 +195,14 @@ def seed_noise(seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
 
 
-def tokenize(batch: SeqBatch, codes: Tensor) -> TokenizedSeqBatch:
-    """Writes the histories in semantic IDs. codes: [N, L'] integers, on the batch's device."""
-    levels = codes.shape[1]
-    history = batch.history
-    tokens = JaggedTensor(codes[history.values].long().flatten(), history.offsets * levels, history.max_length * levels)
-    return TokenizedSeqBatch(batch.user, tokens, batch.targets, batch.consumed, batch.target_weights)
+def first_occurrences(rows: JaggedTensor) -> Tensor:
+    """The values with -1 where one occurs earlier in its row. values: [T] non-negative integers."""
+    values = rows.values
+    span = values.max() + 1 if len(values) else 1
+    keys, order = (row_indices(rows.offsets, len(values)) * span + values).sort(stable=True)
+    again = torch.zeros_like(keys, dtype=torch.bool)
+    again[1:] = keys[1:] == keys[:-1]
+    return values.masked_fill(torch.empty_like(again).index_copy(0, order, again), -1)
 
 
 def is_consumed(items: Tensor, consumed: JaggedTensor) -> Tensor:

@@ -23,6 +23,7 @@ class Vectors:
     column: the list column, or the tensor's name. key_column: the ids of a parquet file.
     """
 
+    from_interactions = False
     path: str
     column: str = "embedding"
     key_column: str = "item"

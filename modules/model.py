@@ -1,58 +1,101 @@
-"""The retriever: encodes a user's history of semantic IDs and generates the next item's."""
+"""The retriever: encodes a user's history of items and generates the next one down the tree of semantic IDs."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import gin
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.schemas import TokenizedSeqBatch
-from modules.embedding.id_embedder import SemIdEmbedder, UserEmbedder
-from modules.generation.trie import Trie
+from data.schemas import SeqBatch
+from modules.embedding.vectors import item_vectors, node_vectors
 from modules.pretrained import load_pretrained, save_pretrained
 from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
-from ops.jagged import JaggedTensor, jagged_prepend, row_indices
+from modules.tree import Tree
+from ops.cross_entropy import Seen, linear_cross_entropy
+from ops.jagged import JaggedTensor, row_indices
 from ops.residual import stream_dtype
+from ops.sums import take_rows
+from ops.tree import tree_cross_entropy
+
+SEEN_SCALE = 10.0  # of the parameter behind the bias of consumed items, so that it can move as far as logits do
 
 
 @dataclass(frozen=True)
 class RetrievalLoss:
-    """loss: mean over the targets of -log p(item), in nats; level_losses: [L'], its parts."""
+    """Means over the targets, in nats. loss: what is trained on, the weighted sum of the others.
+
+    items: -log p(item) of the item head; levels: [L'], -log p(node | parent) of the tree head on each level. 0 where
+    the head is not trained.
+    """
 
     loss: Tensor
-    level_losses: Tensor
+    items: Tensor
+    levels: Tensor
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What ranking needs of the catalogue. items: [N, dim] or None; nodes: [n_d, dim] of depths 1 to L', or []."""
+
+    items: Tensor | None
+    nodes: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Histories. state: [B, dim], of the last token of each. memory: each decoder layer's keys and values."""
+
+    state: Tensor
+    memory: list[JaggedTensor]
 
 
 @gin.configurable
 class EncoderDecoderRetrievalModel(nn.Module):
-    """TIGER's transformer (Rajput et al. 2023, section 3.2) without padding.
+    """A causal jagged transformer over items with two heads: a softmax down the tree, and one over all items.
 
-    level_sizes: codes on each of the L' levels of a semantic ID, read from the artifact.
-    The history enters as [user token, L' codes of the oldest item, ..., L' codes of the newest].
-    causal_encoder: a history token sees only what came before it. One pass over a user's sequence then serves
-    every prefix of it as a training example; a bidirectional encoder needs a pass per target.
-    user_buckets: vectors shared by all users' tokens. prefix_buckets: see `SemIdEmbedder`.
+    The tree head (hierarchical softmax: Morin and Bengio 2005; generative retrieval: Rajput et al. 2023) has a query
+    for each level, and a vector for each node: p(node | parent) is the softmax over the parent's children of query x
+    vector, and p(item) the product along its path. The item head's logits are state x the item's vector, with which the
+    item also enters the history (Kang and McAuley 2018), and a learned bias if the user has consumed it: where nobody
+    comes back to an item it falls until consumed items take no part (repeat and explore: Ren et al. 2019).
+
+    tree, features: of the catalogue, on the device to train on; features [N, D], None where nothing names them.
+    item_tokens: a history item is one token, its item vector; off, it is L' tokens, the vectors of the nodes on its
+    path, as in TIGER. item_parts, node_parts: see `modules.embedding.vectors`.
+    decoder_layers: 0 makes the level queries from the encoder's state; otherwise a decoder makes them from the nodes
+    above, attending to the encoded history, as in TIGER.
+    item_loss, tree_loss: weights of the item head's loss and of each level's; 0 leaves the head out.
+    item_smoothing, tree_smoothing: label smoothing of both. vector_std: deviation of the vectors' rows at the start.
+    end_positions: places before a window's end that have a vector of their own, added to the token.
+    causal_encoder: off, every history serves one target only (`train.every_position = False`).
     """
 
     def __init__(
         self,
-        level_sizes: tuple[int, ...],
-        dim: int = 128,
+        tree: Tree,
+        features: Tensor | None = None,
+        dim: int = 256,
         ff_dim: int = 1024,
-        n_heads: int = 6,
-        head_dim: int = 64,
-        encoder_layers: int = 4,
-        decoder_layers: int = 4,
-        dropout: float = 0.1,
-        user_buckets: int = 2000,
-        prefix_buckets: int = 65536,
+        n_heads: int = 2,
+        head_dim: int = 128,
+        encoder_layers: int = 2,
+        decoder_layers: int = 0,
+        dropout: float = 0.5,
         causal_encoder: bool = True,
+        item_tokens: bool = True,
+        item_parts: tuple[str, ...] = ("free", "codes", "features"),
+        node_parts: tuple[str, ...] = ("free", "codes", "features"),
+        item_loss: float = 1.0,
+        tree_loss: float = 0.33,
+        item_smoothing: float = 0.0,
+        tree_smoothing: float = 0.0,
+        vector_std: float = 0.2,
+        end_positions: int = 0,
     ) -> None:
         super().__init__()
         self.config = {
-            "level_sizes": list(level_sizes),
+            "tree": tree.digest,
             "dim": dim,
             "ff_dim": ff_dim,
             "n_heads": n_heads,
@@ -60,114 +103,184 @@ class EncoderDecoderRetrievalModel(nn.Module):
             "encoder_layers": encoder_layers,
             "decoder_layers": decoder_layers,
             "dropout": dropout,
-            "user_buckets": user_buckets,
-            "prefix_buckets": prefix_buckets,
             "causal_encoder": causal_encoder,
+            "item_tokens": item_tokens,
+            "item_parts": list(item_parts),
+            "node_parts": list(node_parts),
+            "item_loss": item_loss,
+            "tree_loss": tree_loss,
+            "item_smoothing": item_smoothing,
+            "tree_smoothing": tree_smoothing,
+            "vector_std": vector_std,
+            "end_positions": end_positions,
         }
+        if not (item_tokens and item_loss > 0) and tree_loss <= 0:
+            raise ValueError(
+                "EncoderDecoderRetrievalModel has no head to train: tree_loss must be positive, or item_loss with "
+                "item_tokens = True."
+            )
         block = TransformerConfig(dim, ff_dim, n_heads, head_dim, dropout)
-        self.level_sizes = tuple(level_sizes)
-        self.causal_encoder = causal_encoder
-        self.code_embedder = SemIdEmbedder(self.level_sizes, dim, prefix_buckets)
-        self.user_embedder = UserEmbedder(user_buckets, dim)
-        self.start = nn.Parameter(torch.empty(dim))
-        self.encoder = Encoder(block, encoder_layers, causal_encoder)
-        self.decoder = Decoder(block, decoder_layers)
-        self.head = nn.Linear(dim, sum(level_sizes), bias=False)
-        self._init_weights()
+        device = tree.leaf_items.device
+        self.tree, self.causal_encoder = tree, causal_encoder
+        self.tokens_per_item = 1 if item_tokens else tree.n_levels
+        self.item_loss, self.tree_loss = item_loss if item_tokens else 0.0, tree_loss
+        self.item_smoothing, self.tree_smoothing = item_smoothing, tree_smoothing
+        self.items = item_vectors(item_parts, tree, features, dim, vector_std) if item_tokens else None
+        has_nodes = tree_loss > 0 or not item_tokens
+        self.nodes = node_vectors(node_parts, tree, features, dim, vector_std) if has_nodes else nn.ModuleList()
+        self.encoder = Encoder(block, encoder_layers, causal_encoder, drop_output=decoder_layers > 0)
+        self.positions = (
+            nn.Parameter(torch.empty(end_positions, dim).normal_(std=vector_std)) if end_positions else None
+        )
+        firsts = torch.tensor([0, *tree.n_nodes[:-1]], device=device).cumsum(0)  # of each depth among all nodes
+        self.register_buffer("first_nodes", firsts, persistent=False)
+        self.decoder, self.start, self.queries = None, None, nn.ModuleList()
+        if tree_loss > 0 and decoder_layers > 0:
+            self.decoder = Decoder(block, decoder_layers)
+            self.start = nn.Parameter(torch.empty(dim).normal_(std=vector_std))
+        elif tree_loss > 0:
+            self.queries.extend(LevelQuery(dim, dropout) for _ in range(tree.n_levels))
+        self.seen = nn.Parameter(torch.zeros(())) if self.item_loss > 0 else None
+        # The item head's share in the score, chosen on validation.
+        self.register_buffer("item_share", torch.tensor(1.0 if tree_loss <= 0 else 0.5 if self.item_loss > 0 else 0.0))
+        self.to(device)
 
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=1.0)
-        if self.code_embedder.prefix_table is not None:
-            nn.init.zeros_(self.code_embedder.prefix_table.weight)
-        nn.init.normal_(self.start, std=1.0)
-        nn.init.zeros_(self.encoder.bias.table.weight)
-        nn.init.zeros_(self.decoder.bias.table.weight)
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Which of "tree" and "items" the model has."""
+        return ("tree",) * (self.tree_loss > 0) + ("items",) * (self.item_loss > 0)
 
-    def memory(self, batch: TokenizedSeqBatch) -> list[JaggedTensor]:
-        """Encodes the histories once: each decoder layer's keys and values [B + T * L', 2, H, D], rows of users."""
-        codes = batch.tokens.values.view(-1, len(self.level_sizes))
-        embedded = self.code_embedder(codes).flatten(0, 1)  # [T * L', dim]
-        history = jagged_prepend(self.user_embedder(batch.user), batch.tokens.with_values(embedded))
-        return self.decoder.memory(self.encoder(history))
+    @property
+    def seen_bias(self) -> Tensor:
+        """What the item head's logits of consumed items differ by, []: learned, whether users come back to items."""
+        return self.seen * SEEN_SCALE
 
-    def _level_logits(self, hidden: Tensor, level: int) -> Tensor:
-        """hidden [..., dim] -> logits [..., V_level], in the dtype of autocast where it is on."""
-        start = sum(self.level_sizes[:level])
-        return F.linear(hidden, self.head.weight[start : start + self.level_sizes[level]])
+    def vectors(self) -> Vectors:
+        """Of all items and nodes, in `ops.residual.stream_dtype`; for many searches they are made once."""
+        return Vectors(self.items() if self.items is not None else None, [level() for level in self.nodes])
 
-    def _target_view(self, batch: TokenizedSeqBatch) -> MemoryView:
-        """Target i of a user sees the user token and the items before it."""
-        levels, targets = len(self.level_sizes), batch.targets
+    def _encoder_output(self, history: JaggedTensor, vectors: Vectors) -> JaggedTensor:
+        """[T * tokens_per_item, dim], normalized: history rows of item ids [T]."""
+        if self.items is not None:
+            x = take_rows(vectors.items, history.values)
+        else:
+            nodes = self.tree.item_nodes[history.values, 1:] + self.first_nodes  # [T, L']
+            x = take_rows(torch.cat(vectors.nodes), nodes.flatten())
+        levels = self.tokens_per_item
+        tokens = JaggedTensor(x, history.offsets * levels, history.max_length * levels)
+        if self.positions is not None:
+            rows = row_indices(tokens.offsets, len(x))
+            place = tokens.offsets[rows + 1] - 1 - torch.arange(len(x), device=x.device)
+            place = place.clamp_max(len(self.positions) - 1)
+            tokens = tokens.with_values(x + take_rows(self.positions, place).to(x.dtype))
+        return self.encoder(tokens)
+
+    def _limits(self, batch: SeqBatch) -> Tensor:
+        """How many tokens of its row each target sees, [P]: those of the items before it."""
+        targets = batch.targets
         if not self.causal_encoder and targets.max_length != 1:
             raise ValueError(
                 "A bidirectional encoder takes one target a history: set "
                 "EncoderDecoderRetrievalModel.causal_encoder = True or train.every_position = False."
             )
-        items = batch.tokens.lengths // levels  # [B]
-        first = items - targets.lengths + 1  # items before the first target
+        first = batch.history.lengths - targets.lengths + 1  # items before the first target
         rows = row_indices(targets.offsets, targets.values.shape[0])
-        limits = 1 + (first[rows] + targets.positions()) * levels  # [P]
-        return MemoryView(targets.offsets, targets.max_length, limits.repeat_interleave(levels))
+        return (first[rows] + targets.positions()) * self.tokens_per_item
 
-    def level_logits(self, batch: TokenizedSeqBatch, target_codes: Tensor) -> list[Tensor]:
-        """Logits of every level given the target's codes before it (teacher forcing).
-
-        Shape: target_codes [P, L'] -> L' tensors [P, V_level], in the dtype of autocast where it is on.
-        """
-        before = self.code_embedder(target_codes[:, :-1])  # [P, L'-1, dim]
-        start = self.start.expand(len(before), 1, -1).to(before.dtype)
-        view = self._target_view(batch)
-        hidden, _ = self.decoder(torch.cat([start, before], 1), self.memory(batch), view)  # [P, L', dim]
-        return [self._level_logits(row, level) for level, row in enumerate(hidden.unbind(1))]
-
-    def forward(self, batch: TokenizedSeqBatch, trie: Trie) -> RetrievalLoss:
-        """-log p(item), the sum over levels of the cross-entropy of its code (Rajput et al. 2023, section 3.2).
-
-        Each level's softmax runs over the codes that continue a real item, so p is a distribution over the
-        items of the trie and no capacity goes into learning which tuples exist.
-        """
-        items = batch.targets.values
-        codes, nodes = trie.item_codes[items], trie.item_nodes[items]  # [P, L'], [P, L'+1]
-        level_losses = torch.stack(
-            [
-                trie.cross_entropy(logits, level, nodes[:, level], nodes[:, level + 1])
-                for level, logits in enumerate(self.level_logits(batch, codes))
+    def forward(self, batch: SeqBatch) -> RetrievalLoss:
+        """-log p(target) of both heads; each level's softmax runs over the children of the target's node alone."""
+        vectors, targets = self.vectors(), batch.targets
+        items = targets.values
+        encoded, limits = self._encoder_output(batch.history, vectors), self._limits(batch)
+        rows = row_indices(targets.offsets, len(items))
+        aligned = targets.offsets is batch.history.offsets and self.tokens_per_item == 1  # target i follows token i
+        state = encoded.values if aligned else take_rows(encoded.values, encoded.offsets[rows] + limits - 1)  # [P, dim]
+        weights = batch.target_weights
+        weights = torch.ones(len(items), device=items.device) if weights is None else weights
+        weights = weights.to(torch.promote_types(state.dtype, torch.float32))
+        total = weights.sum()
+        item_loss, levels = total.new_zeros(()), total.new_zeros(self.tree.n_levels)
+        if self.item_loss > 0:
+            seen = Seen(*batch.seen, self.seen_bias) if batch.seen is not None else None
+            item_loss = linear_cross_entropy(state, vectors.items, items, weights, self.item_smoothing, seen) / total
+        if self.tree_loss > 0:
+            path = self.tree.item_nodes[items]  # [P, L' + 1]
+            if self.decoder is None:
+                queries = [query(state) for query in self.queries]
+            else:
+                view = MemoryView(targets.offsets, targets.max_length, limits.repeat_interleave(self.tree.n_levels))
+                above = [take_rows(v, path[:, d + 1]) for d, v in enumerate(vectors.nodes[:-1])]
+                x = torch.stack([self.start.to(state.dtype).expand_as(state), *(v.to(state.dtype) for v in above)], 1)
+                hidden, _ = self.decoder(x, self.decoder.memory(encoded), view)  # [P, L', dim]
+                queries = hidden.unbind(1)
+            losses = [
+                linear_cross_entropy(queries[0], vectors.nodes[0], path[:, 1].long(), weights, self.tree_smoothing)
             ]
-        )  # [L', P]
-        if batch.target_weights is None:
-            level_losses = level_losses.mean(1)
-        else:
-            level_losses = (level_losses * batch.target_weights).sum(1) / batch.target_weights.sum()
-        return RetrievalLoss(level_losses.sum(), level_losses)
+            for depth in range(1, self.tree.n_levels):
+                level = self.tree.first_child[depth], path[:, depth], path[:, depth + 1], self.tree.fanout[depth]
+                loss = tree_cross_entropy(queries[depth], vectors.nodes[depth], *level, self.tree_smoothing)
+                losses.append((loss * weights).sum())
+            levels = torch.stack(losses) / total
+        return RetrievalLoss(self.item_loss * item_loss + self.tree_loss * levels.sum(), item_loss, levels)
 
-    def next_code(self, codes: Tensor, memory: list[JaggedTensor], past: Past | None) -> tuple[Tensor, list[Tensor]]:
-        """Logits of the next level's codes, one step of generation.
+    def encode(self, history: JaggedTensor, vectors: Vectors) -> Encoded:
+        """history: rows of item ids, none empty."""
+        encoded = self._encoder_output(history, vectors)
+        state = encoded.values[encoded.offsets[1:] - 1]
+        return Encoded(state, self.decoder.memory(encoded) if self.decoder is not None else [])
 
-        codes: [B, K, level], the prefix of each beam; K = 1 at level 0. past: of the steps before, for B * K sequences.
-        Returns logits [B, K, V_level] and each layer's keys and values [B * K, 2, H, D], for `Past.extend`.
+    def next_query(
+        self, encoded: Encoded, depth: int, nodes: Tensor, vectors: Vectors, past: Past | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Queries for the children of nodes [B, K] of a depth, one step of generation; K = 1 at depth 0.
+
+        past: of the steps before, for B * K sequences. Returns queries [B, K, dim], or [B, 1, dim] where they don't
+        depend on the node, and each decoder layer's keys and values [B * K, 2, H, D], for `Past.extend`.
         """
-        batch, beams, level = codes.shape
-        if level == 0:
-            x = self.start.expand(batch, 1, -1).to(stream_dtype(self.start))
+        if self.decoder is None:
+            return self.queries[depth](encoded.state)[:, None], []
+        users, beams = nodes.shape
+        if depth == 0:
+            x = self.start.to(stream_dtype(self.start)).expand(users, 1, -1)
         else:
-            x = self.code_embedder(codes.view(batch * beams, level))[:, -1:]  # [B * K, 1, dim]
-        limits = memory[0].lengths.repeat_interleave(beams)
-        view = MemoryView(torch.arange(batch + 1, device=x.device) * beams, beams, limits)
-        hidden, tokens = self.decoder(x, memory, view, past)
-        return self._level_logits(hidden[:, 0], level).unflatten(0, (batch, beams)), tokens
+            x = vectors.nodes[depth - 1][nodes.flatten()][:, None]  # [B * K, 1, dim]
+        limits = encoded.memory[0].lengths.repeat_interleave(beams)
+        view = MemoryView(torch.arange(users + 1, device=x.device) * beams, beams, limits)
+        hidden, tokens = self.decoder(x, encoded.memory, view, past)
+        return hidden[:, 0].unflatten(0, (users, beams)), tokens
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into the folder."""
         save_pretrained(self, self.config, folder)
 
     @staticmethod
-    def from_pretrained(folder: str | Path) -> "EncoderDecoderRetrievalModel":
-        """Reads what `save_pretrained` wrote, in evaluation mode; see `modules.pretrained.load_pretrained`."""
+    def from_pretrained(
+        folder: str | Path, tree: Tree, features: Tensor | None = None
+    ) -> "EncoderDecoderRetrievalModel":
+        """Reads what `save_pretrained` wrote, in evaluation mode; tree and features as the model was trained with.
+
+        ValueError where the model is of another tree or was saved by an earlier version; see also
+        `modules.pretrained.load_pretrained`.
+        """
         config, weights = load_pretrained(folder)
-        model = EncoderDecoderRetrievalModel(**config)
+        trained = config.pop("tree", None)
+        if trained is None:
+            raise ValueError(
+                f"The model in {folder} was saved by an earlier version, of another design: train it anew."
+            )
+        if trained != tree.digest:
+            raise ValueError(f"The model in {folder} generates the IDs of tree {trained}, these are of {tree.digest}.")
+        model = EncoderDecoderRetrievalModel(tree, features, **config)
         model.load_state_dict(weights)
         return model.eval()
+
+
+class LevelQuery(nn.Module):
+    """state [.., dim] -> the query of one level [.., dim]: the state, and a perceptron of it."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state + self.mlp(state)

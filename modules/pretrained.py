@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data.files import write_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FILES = [CONFIG, WEIGHTS, "semantic_ids.safetensors", "README.md"]
+FILES = [CONFIG, WEIGHTS, "semantic_ids.safetensors", "features.npy", "README.md"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

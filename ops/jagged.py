@@ -97,29 +97,6 @@ def row_indices(offsets: Tensor, total: int) -> Tensor:
     return reference.row_indices(offsets, total)
 
 
-def jagged_concat(first: JaggedTensor, second: JaggedTensor) -> JaggedTensor:
-    """Row b becomes [row b of first, row b of second]. Values [S, ...] and [T, ...] of one dtype -> [S + T, ...];
-    ValueError where their dtypes differ."""
-    if first.values.dtype != second.values.dtype:
-        raise ValueError(
-            f"jagged_concat joins values of one dtype, not {first.values.dtype} and {second.values.dtype}."
-        )
-    offsets = first.offsets + second.offsets
-    arguments = (first.values, second.values, first.offsets, second.offsets)
-    if has_kernel(first.values):
-        from ops.triton.rows import concat_rows
-
-        values = concat_rows(*arguments, first.max_length, second.max_length)
-    else:
-        values = reference.jagged_concat(*arguments)
-    return JaggedTensor(values, offsets, first.max_length + second.max_length)
-
-
-def jagged_prepend(prefix: Tensor, rows: JaggedTensor) -> JaggedTensor:
-    """One value in front of every row: prefix [B, ...], rows.values [T, ...] -> values [B + T, ...]."""
-    return jagged_concat(JaggedTensor.uniform(prefix[:, None]), rows)
-
-
 def jagged_attention(
     query: JaggedTensor,
     memory: JaggedTensor | None = None,

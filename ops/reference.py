@@ -152,19 +152,6 @@ def _visible_bias(
     return rows.index_select(0, limits.flatten()).unflatten(0, limits.shape).transpose(1, 2)
 
 
-def jagged_concat(first: Tensor, second: Tensor, first_offsets: Tensor, second_offsets: Tensor) -> Tensor:
-    """Row b becomes [row b of first, row b of second].
-
-    Shape: first [S, ...], second [T, ...], both offsets [B+1] -> [S + T, ...]; the new offsets are the sum of both.
-    """
-    own = torch.arange(first.shape[0], device=first.device)
-    first_places = own + second_offsets[row_indices(first_offsets, first.shape[0])]
-    own = torch.arange(second.shape[0], device=second.device)
-    second_places = own + first_offsets[1:][row_indices(second_offsets, second.shape[0])]
-    joined = torch.cat([first, second])
-    return torch.empty_like(joined).index_copy(0, torch.cat([first_places, second_places]), joined)
-
-
 def past_attention(packed: Tensor, past: Tensor, rows: Tensor, scale: float) -> Tensor:
     """See `ops.past.past_attention`."""
     seen = torch.cat([past[rows], packed[:, None, 1:]], 1)  # [S, P + 1, 2, H, D]
@@ -203,63 +190,3 @@ def kept(seed: int, rows: int, columns: int, p: float, device: torch.device | st
     key = (mix(row ^ (seed & 0xFFFFFFFF)) + (seed >> 32)) & 0xFFFFFFFF
     bits = mix((mix(key)[:, None] + column * 0x9E3779B9) & 0xFFFFFFFF)
     return bits >= round(p * 2**32)
-
-
-def embed_codes(codes: Tensor, starts: Tensor, table: Tensor, prefix_table: Tensor | None) -> Tensor:
-    """See `ops.embedding.embed_codes`."""
-    embedded = F.embedding(codes + starts[: codes.shape[1]], table)  # [T, l, dim]
-    if prefix_table is None or codes.shape[1] < 2:
-        return embedded
-    prefixes = F.embedding(hash_prefixes(codes)[:, 1:] % len(prefix_table), prefix_table)  # [T, l-1, dim]
-    return embedded + F.pad(prefixes, (0, 0, 1, 0))
-
-
-def hash_prefixes(codes: Tensor) -> Tensor:
-    """A non-negative 31-bit hash of each prefix, equal on every machine. Shape: codes [..., l] -> [..., l] int64."""
-    codes = codes.long()
-    state, hashes = torch.zeros_like(codes[..., 0]), []
-    for level in range(codes.shape[-1]):
-        state = (state * 1_000_003 + codes[..., level] + 1) % (2**31 - 1)
-        state = state ^ (state >> 15)
-        hashes.append(state * 48_271 % (2**31 - 1))
-    return torch.stack(hashes, -1)
-
-
-def children(first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Child nodes, their codes, and whether each exists; those that don't are as the first. [...] -> [..., fanout]."""
-    first, last = first_child[nodes], first_child[nodes + 1]
-    child = first[..., None] + torch.arange(fanout, dtype=first.dtype, device=nodes.device)
-    exists = child < last[..., None]
-    child = torch.where(exists, child, first[..., None])
-    return child, code[child], exists
-
-
-def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> Tensor:
-    """See `ops.trie.child_log_probs`."""
-    _, codes, exists = children(first_child, code, nodes, fanout)  # [..., fanout]
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).gather(-1, codes.long())
-    return scores.masked_fill(~exists, float("-inf")).log_softmax(-1)
-
-
-def best_children(
-    log_probs: Tensor, scores: Tensor, first_child: Tensor, nodes: Tensor, count: int, left_out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.trie.best_children`. log_probs: [B, K, fanout]."""
-    total = scores[..., None] + log_probs
-    if left_out is not None:
-        total = total.masked_fill(left_out, float("-inf"))
-    best, places = total.flatten(1).topk(count, dim=1)  # sorted, best first
-    parents = places // total.shape[-1]
-    chosen = nodes.gather(1, parents)
-    children = torch.minimum(first_child[chosen] + places % total.shape[-1], first_child[chosen + 1] - 1)
-    return best, parents, children.to(first_child.dtype)
-
-
-def trie_cross_entropy(
-    logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, targets: Tensor, fanout: int
-) -> Tensor:
-    """See `ops.trie.trie_cross_entropy`."""
-    _, codes, exists = children(first_child, code, nodes, fanout)  # [P, fanout]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    scores = logits.gather(1, codes.long()).masked_fill(~exists, float("-inf"))
-    return scores.logsumexp(1) - logits.gather(1, code[targets].long()[:, None])[:, 0]

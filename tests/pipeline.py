@@ -78,7 +78,6 @@ def bindings(folder: Path, script: str, *extra: str) -> list[str]:
             "train.batch_size = 16",
             "train.learning_rate = 1e-2",
             "train.warmup_steps = 10",
-            "train.beams = 10",
             "train.log_every = 10",
             "train.partial_eval_every = 100",
             "train.full_eval_every = 100",
@@ -88,10 +87,7 @@ def bindings(folder: Path, script: str, *extra: str) -> list[str]:
             "EncoderDecoderRetrievalModel.n_heads = 2",
             "EncoderDecoderRetrievalModel.head_dim = 16",
             "EncoderDecoderRetrievalModel.encoder_layers = 1",
-            "EncoderDecoderRetrievalModel.decoder_layers = 1",
-            "EncoderDecoderRetrievalModel.prefix_buckets = 64",
             "EncoderDecoderRetrievalModel.dropout = 0.0",
-            "EncoderDecoderRetrievalModel.user_buckets = 1",
         ],
     }
     return [*common, *stages[script], *extra]
@@ -134,6 +130,17 @@ def lines(path: Path) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     clock = ("time", "examples_per_second")
     return [{name: value for name, value in row.items() if name not in clock} for row in rows]
+
+
+TIGER = (  # TIGER's layout of the model, which generates by beam search
+    "EncoderDecoderRetrievalModel.item_tokens = False",
+    'EncoderDecoderRetrievalModel.node_parts = ("codes",)',
+    "EncoderDecoderRetrievalModel.decoder_layers = 1",
+    "EncoderDecoderRetrievalModel.tree_loss = 1.0",
+    "train.exact = False",
+    "train.beams = 10",
+    "train.top_k = (1, 5, 10)",
+)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def test_an_overflow_in_half_precision_skips_the_step_and_the_scale_is_resumed(t
 
     def large(self, *arguments):
         losses = forward(self, *arguments)
-        return type(losses)(losses.loss * 2**10, losses.level_losses)
+        return type(losses)(losses.loss * 2**10, losses.items, losses.levels)
 
     def with_scaler(*arguments):
         accelerator = start(*arguments)

@@ -7,16 +7,20 @@ from safetensors.torch import load_file
 
 from data.utils import SequenceSource
 from modules.model import EncoderDecoderRetrievalModel
-from modules.tokenizer.semids import SemanticIds
-from tests.pipeline import N_ITEMS, launch, lines, run, write_raw
+from modules.tokenizer.semids import SemanticIds, load_item_features
+from modules.tree import Tree
+from tests.pipeline import N_ITEMS, TIGER, launch, lines, run, write_raw
 
 
 def test_the_pipeline_learns_what_follows_from_the_last_item(trained):
     metrics = json.loads((trained / "out" / "decoder" / "metrics.json").read_text())
     assert metrics["test/recall@1"] > 0.9
     assert metrics["test/ndcg@10"] > 0.9
-    assert metrics["test/most_popular/recall@1"] < 0.3
-    assert metrics["test/transition/recall@1"] > 0.9
+    assert metrics["test/most_popular/all/recall@1"] < 0.3
+    assert metrics["test/transition/all/recall@1"] > 0.9
+    for row in ("tree", "items", "fused", "beams"):
+        assert metrics[f"test/{row}/all/recall@1"] > 0.8 and metrics[f"test/{row}/new/recall@1"] > 0.8
+    assert metrics["test/recall@1"] == metrics["test/fused/all/recall@1"]
 
 
 def test_the_run_folder_keeps_the_contract(trained):
@@ -25,6 +29,7 @@ def test_the_run_folder_keeps_the_contract(trained):
         "config.gin",
         "metrics.jsonl",
         "metrics.json",
+        "ranks.safetensors",
         "checkpoints",
         "plots",
         "model",
@@ -33,8 +38,15 @@ def test_the_run_folder_keeps_the_contract(trained):
     model = load_file(root / "model" / "model.safetensors")
     saved = load_file(root / "checkpoints" / best / "model.safetensors")
     assert all(torch.equal(model[name], saved[name]) for name in model)
-    sizes = SemanticIds.load(trained / "out" / "rqvae").level_sizes
-    assert EncoderDecoderRetrievalModel.from_pretrained(root / "model").level_sizes == sizes
+    ids = SemanticIds.load(trained / "out" / "rqvae")
+    features = torch.from_numpy(load_item_features(trained / "out" / "rqvae", None, ids))
+    loaded = EncoderDecoderRetrievalModel.from_pretrained(
+        root / "model", Tree.build(ids.codes, ids.level_sizes), features
+    )
+    metrics = json.loads((root / "metrics.json").read_text())
+    assert float(loaded.item_share) == pytest.approx(metrics["valid/item_share"])
+    ranks = load_file(root / "ranks.safetensors")["fused/all"]
+    assert float((ranks < 5).double().mean()) == pytest.approx(metrics["test/recall@5"])
     assert {row["split"] for row in lines(root / "metrics.jsonl")} == {"train", "valid"}
     kept = {path.name for path in (root / "checkpoints").glob("step_*")}
     assert kept >= {best, "step_00000250", "step_00000275", "step_00000300"} and len(kept) <= 4
@@ -52,8 +64,8 @@ def test_the_test_split_is_read_once_after_training(trained, tmp_path, monkeypat
     monkeypatch.setattr(SequenceSource, "in_order", recorded)
     run(trained, "decoder", "train.iterations = 20", f'train.save_dir_root = "{tmp_path}"')
     test_sum = max(seen)  # test positions lie one after the validation positions
-    once = [True] * 3  # the model and two baselines
-    assert [total == test_sum for total in seen] == [False] * (len(seen) - 3) + once
+    once = [True] * 5  # two baselines, the model's ranks, those of its beams, and its lists
+    assert [total == test_sum for total in seen] == [False] * (len(seen) - 5) + once
 
 
 def test_the_same_config_gives_the_same_run(trained, tmp_path):
@@ -63,9 +75,34 @@ def test_the_same_config_gives_the_same_run(trained, tmp_path):
     assert lines(tmp_path / "a" / "metrics.jsonl") == lines(tmp_path / "b" / "metrics.jsonl")
 
 
+def test_tigers_layout_learns_what_follows(trained, tmp_path):
+    metrics = run(trained, "decoder", *TIGER, f'train.save_dir_root = "{tmp_path}/run"')
+    assert metrics["test/recall@1"] > 0.8 and "test/items/all/recall@1" not in metrics
+
+
+def test_training_ends_when_validation_no_longer_improves(trained, tmp_path):
+    extra = ("train.full_eval_every = 50", "train.patience = 2", "train.iterations = 2000")
+    metrics = run(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}/run"')
+    log = lines(tmp_path / "run" / "metrics.jsonl")
+    assert max(row["step"] for row in log) == metrics["valid/step"] + 100 < 2000
+    assert metrics["valid/ndcg@10"] == max(row["ndcg@10"] for row in log if "ndcg@10" in row)
+
+
+def test_sasrec_is_trained_beside_it(trained, tmp_path):
+    extra = ("train.iterations = 20", "train.sasrec_baseline = True", f'train.save_dir_root = "{tmp_path}/run"')
+    small = (
+        "train_sasrec.iterations = 300",
+        "train_sasrec.learning_rate = 1e-2",
+        "SasRec.dim = 32",
+        "SasRec.dropout = 0.0",
+    )
+    metrics = run(trained, "decoder", *extra, *small, "train_sasrec.batch_size = 16", "train_sasrec.eval_every = 100")
+    assert metrics["test/sasrec/all/recall@1"] > 0.8
+
+
 def test_a_bidirectional_encoder_trains_on_one_target_a_history(trained, tmp_path):
     bidirectional = ("EncoderDecoderRetrievalModel.causal_encoder = False", "train.every_position = False")
-    metrics = run(trained, "decoder", *bidirectional, f'train.save_dir_root = "{tmp_path}/run"')
+    metrics = run(trained, "decoder", *TIGER, *bidirectional, f'train.save_dir_root = "{tmp_path}/run"')
     assert metrics["test/recall@5"] > 0.7
     with pytest.raises(ValueError, match="every_position = False"):
         run(trained, "decoder", bidirectional[0], f'train.save_dir_root = "{tmp_path}/wrong"')
@@ -86,7 +123,9 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 
 def test_too_few_beams_are_refused(trained):
     with pytest.raises(ValueError, match=r"train.beams = 5 cannot rank the first 10"):
-        run(trained, "decoder", "train.beams = 5")
+        run(trained, "decoder", *TIGER, "train.beams = 5")
+    with pytest.raises(ValueError, match=r"train.top_k = \(1, 5\) lacks 10"):
+        run(trained, "decoder", "train.top_k = (1, 5)")
 
 
 def test_another_config_does_not_overwrite_a_run(trained):
@@ -100,9 +139,11 @@ def test_another_config_does_not_overwrite_a_run(trained):
 
 
 def test_as_many_beams_as_items_rank_the_whole_catalogue(trained, tmp_path):
-    extra = ("train.iterations = 10", f"train.beams = {N_ITEMS}", f"train.top_k = (1, {N_ITEMS})")
+    extra = ("train.iterations = 10", f"train.beams = {N_ITEMS}", f"train.top_k = (10, {N_ITEMS})")
     metrics = run(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}"')
+    ranks = load_file(tmp_path / "ranks.safetensors")
     assert metrics[f"test/recall@{N_ITEMS}"] == 1.0
+    assert all(torch.equal(ranks[f"beams/{protocol}"], ranks[f"fused/{protocol}"]) for protocol in ("all", "new"))
 
 
 def test_a_run_is_not_continued_with_other_semantic_ids(trained, tmp_path):
@@ -115,13 +156,15 @@ def test_a_run_is_not_continued_with_other_semantic_ids(trained, tmp_path):
         run(tmp_path, "decoder", "train.iterations = 5")
 
 
-def test_all_items_are_ranked_too_where_consumed_ones_are_left_out(trained, tmp_path):
-    common = ("train.iterations = 20", "train.beams = 30")
-    both = run(trained, "decoder", *common, "train.exclude_history = True", f'train.save_dir_root = "{tmp_path}/both"')
-    plain = run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/plain"')
-    for name in ("recall@10", "most_popular/recall@10", "transition/ndcg@5"):
-        assert both[f"test_all_items/{name}"] == plain[f"test/{name}"]
-    assert both["test/most_popular/recall@10"] > plain["test/most_popular/recall@10"]
+def test_both_protocols_are_reported_whichever_chooses(trained, tmp_path):
+    common = ("train.iterations = 20", "train.full_eval_every = 20")
+    new = run(trained, "decoder", *common, "train.exclude_history = True", f'train.save_dir_root = "{tmp_path}/new"')
+    every = run(trained, "decoder", *common, f'train.save_dir_root = "{tmp_path}/all"')
+    for name in ("tree/new/recall@10", "items/all/ndcg@5", "most_popular/new/recall@10", "transition/all/mrr"):
+        assert new[f"test/{name}"] == every[f"test/{name}"]
+    assert new["test/recall@10"] == new["test/fused/new/recall@10"]
+    assert new["test/most_popular/new/recall@10"] > new["test/most_popular/all/recall@10"]
+    assert 0 < new["test/distinct_share"] <= 1
 
 
 def test_half_precision_trains(trained, tmp_path):
@@ -149,7 +192,7 @@ def test_your_own_tables_train_both_stages_on_a_temporal_split(tmp_path, capsys)
     features = ("TfidfSvd.min_df = 1", 'CustomData.text_columns = ("title",)')
     run(tmp_path, "rqvae", *name, *files, *split, *features)
     metrics = run(tmp_path, "decoder", *name, *split, "train.iterations = 100")
-    assert metrics["test/recall@1"] > 0.5 and metrics["test/transition/recall@1"] > 0.5
+    assert metrics["test/recall@1"] > 0.5 and metrics["test/transition/all/recall@1"] > 0.5
     output = capsys.readouterr().out
     assert output.count("temporal 60/10/30 % split") == 3, "in both headings and over the figures"
     config = (tmp_path / "out" / "decoder" / "config.gin").read_text()

@@ -9,9 +9,9 @@ from data.processed import RecDataset, load_corpus
 from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae
 from modules.tokenizer.catalogue import catalogue_codes
-from modules.tokenizer.semids import SemanticIds
+from modules.tokenizer.semids import SemanticIds, load_item_features
 from tests.hub import Hub
-from tests.pipeline import launch, lines, run, write_raw
+from tests.pipeline import THINGS, launch, lines, run, write_raw
 
 
 def test_the_run_folder_keeps_the_contract(trained):
@@ -25,7 +25,7 @@ def test_the_run_folder_keeps_the_contract(trained):
         "tokenizer",
     }
     files = {path.name for path in (root / "tokenizer").iterdir()}
-    assert files == {"config.json", "model.safetensors", "semantic_ids.safetensors", "README.md"}
+    assert files == {"config.json", "model.safetensors", "semantic_ids.safetensors", "features.npy", "README.md"}
     plots = {"losses.png", "usage.png", "code_frequency.png", "categories.png"}
     assert {path.name for path in (root / "plots").iterdir()} == plots
     assert (root / "checkpoints" / "LAST").read_text().strip() == "step_00000060"
@@ -44,6 +44,8 @@ def test_semantic_ids_are_the_models_codes_and_unique(trained):
     assert len(features) == 1
     x = torch.from_numpy(np.load(features[0]))
     assert torch.equal(catalogue_codes(model, x), semantic_ids.codes[:, :2])
+    seen = load_item_features(trained / "out" / "rqvae", None, semantic_ids)
+    np.testing.assert_allclose(seen, model.normalized(x), rtol=2**-10, atol=1e-5)
     assert len(set(map(tuple, semantic_ids.codes.tolist()))) == semantic_ids.n_items == 30
     corpus = load_corpus(RecDataset.AMAZON, str(trained), "beauty")
     assert semantic_ids.item_keys == corpus.item_keys
@@ -99,6 +101,8 @@ def test_the_tokenizer_is_uploaded_and_the_decoder_takes_its_hub_id(trained, tmp
         assert "amazon_beauty (30 items)" in hub.repositories["owner/beauty"]["main"]["README.md"].decode()
         ids = SemanticIds.load("owner/beauty")
         assert torch.equal(ids.codes, SemanticIds.load(tmp_path / "run").codes)
+        seen = load_item_features("owner/beauty", None, ids)
+        assert np.array_equal(seen, load_item_features(tmp_path / "run", None, ids)) and len(seen) == 30
         stage_2 = ["train.iterations = 2", "train.full_eval_every = 2", 'train.pretrained_rqvae_path = "owner/beauty"']
         run(trained, "decoder", *stage_2, f'train.save_dir_root = "{tmp_path}/decoder"')
         again = [*stage_2, "train.features = [@TfidfSvd()]", "TfidfSvd.dim = 8"]
@@ -107,8 +111,33 @@ def test_the_tokenizer_is_uploaded_and_the_decoder_takes_its_hub_id(trained, tmp
         assert len({json.loads(state.read_text())["config"]["semantic_ids"] for state in states}) == 1
         with pytest.raises(ValueError, match="reads 8 features an item, train.features .* gives 5"):
             run(trained, "decoder", *again, "TfidfSvd.dim = 5", f'train.save_dir_root = "{tmp_path}/other"')
+        del hub.repositories["owner/beauty"]["main"]["features.npy"]
+        with pytest.raises(FileNotFoundError, match="no features.npy in the Hub repository 'owner/beauty'"):
+            load_item_features("owner/beauty", None, ids)
+        assert torch.equal(SemanticIds.load("owner/beauty").codes, ids.codes), "and all else is there"
     finally:
         hub.close()
+
+
+def test_ties_are_shuffled_for_the_features_too(tmp_path):
+    rows = [f"u{user},i{(user * 7 + n * n) % 12},{n // 4}" for user in range(40) for n in range(8)]
+    (tmp_path / "events.csv").write_text("\n".join(["user,item,timestamp", *rows]))
+    custom = ["train.dataset = %data.processed.RecDataset.CUSTOM", 'train.dataset_split = ""', "train.iterations = 0"]
+    custom += [f'CustomData.interactions = "{tmp_path}/events.csv"', "train.features = [@CoOccurrenceSvd()]"]
+    custom += ["CoOccurrenceSvd.dim = 8", "CoOccurrenceSvd.window = 1", "train.collapse_is_error = False"]
+    made = []
+    for name, ties in {"source": [], "first": ["split.tie_seed = 1"], "second": ["split.tie_seed = 2"]}.items():
+        run(tmp_path, "rqvae", *custom, *ties, f'train.save_dir_root = "{tmp_path}/{name}"')
+        made.append(SemanticIds.load(tmp_path / name).tokenizer)
+        assert not (tmp_path / name / "tokenizer" / "features.npy").exists(), "nothing describes the items"
+    names = ["leave-one-out", "leave-one-out (tie seed 1)", "leave-one-out (tie seed 2)"]
+    assert [tokenizer["split"] for tokenizer in made] == names
+    assert len({tokenizer["weights"] for tokenizer in made}) == 3 and "item_features" not in made[0]
+
+
+def test_without_times_there_are_no_ties(trained):
+    with pytest.raises(ValueError, match="split.tie_seed = 1 needs timestamps"):
+        run(trained, "rqvae", "split.tie_seed = 1")
 
 
 def test_an_upload_needs_a_name(trained):
@@ -116,9 +145,17 @@ def test_an_upload_needs_a_name(trained):
         run(trained, "rqvae", "train.push_vae_to_hf = True")
 
 
-def test_categories_become_trailing_features(trained, tmp_path):
-    run(trained, "rqvae", "train.categories = True", f'train.save_dir_root = "{tmp_path}"')
-    assert RqVae.from_pretrained(tmp_path / "tokenizer").config["n_cat_features"] == 5
+def test_categories_become_trailing_features_and_stage_2_gets_what_describes_the_items(trained, tmp_path):
+    sources = ["train.features = [@CoOccurrenceSvd(), @TfidfSvd()]", "CoOccurrenceSvd.dim = 6"]
+    run(trained, "rqvae", *sources, "train.categories = True", f'train.save_dir_root = "{tmp_path}"')
+    config = RqVae.from_pretrained(tmp_path / "tokenizer").config
+    assert (config["input_dim"], config["n_cat_features"]) == (6 + 8 + 5, 5)
+    values = load_item_features(tmp_path, None, SemanticIds.load(tmp_path)).astype(np.float64)
+    (path,) = (trained / "features" / "amazon_beauty").glob("tfidf-svd-dim-8-*.npy")
+    texts = np.load(path) - np.load(path).mean(0)
+    np.testing.assert_allclose(values[:, :8], texts * values[0, 0] / texts[0, 0], rtol=0.01, atol=2e-3)
+    things = [sorted(THINGS).index(THINGS[n // 6]) for n in range(30)]
+    np.testing.assert_array_equal(values[:, 8:], np.eye(5)[things])
 
 
 def test_two_processes_give_the_codes_of_one(trained, tmp_path):

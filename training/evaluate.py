@@ -1,25 +1,25 @@
-"""Evaluation of a retriever over the full catalogue."""
-
-from collections.abc import Iterator
+"""Evaluation of a retriever: the rank of every user's target, among all items and among those not yet consumed."""
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from data.baselines import MostPopular, Transition
-from data.schemas import SeqBatch
-from data.utils import SequenceSource, is_consumed, tokenize
-from modules.generation.beam_search import beam_search
-from modules.generation.trie import Trie
-from modules.model import EncoderDecoderRetrievalModel
+from data.schemas import RankedItems, SeqBatch
+from data.utils import SequenceSource, first_occurrences
+from modules.generation.beam_search import Candidates, beam_search, whole_catalogue
+from modules.model import EncoderDecoderRetrievalModel, Vectors
 from ops.jagged import JaggedTensor
-from training.metrics import RankingMetrics
+from training.metrics import exact_ranks
 from training.replay import Replay
+
+PROTOCOLS = ("all", "new")  # which items are ranked: all, or those that the user has not consumed
+SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)  # of the item head in the score, among which validation chooses
 
 
 class Evaluation:
-    """Loss and ranking metrics of a retriever over whole splits.
+    """Loss and ranks of a retriever over whole splits.
 
+    exact: scores the whole catalogue; otherwise `beams` candidates are generated and ranked by both heads.
     recorded: on a GPU, batches are filled up so that few shapes occur, and the passes over each shape are replayed as
     one CUDA graph. Recordings serve all splits, live as long as this object, and read the weights as they are then.
     """
@@ -27,69 +27,133 @@ class Evaluation:
     def __init__(
         self,
         model: EncoderDecoderRetrievalModel,
-        trie: Trie,
         beams: int,
+        exact: bool,
         batch_size: int,
         accelerator: Accelerator,
         recorded: bool,
     ) -> None:
-        self.model, self.trie, self.beams, self.batch_size = model, trie, beams, batch_size
-        self._accelerator, self._recorded = accelerator, recorded
+        self.model, self.beams, self.exact, self.batch_size = model, beams, exact, batch_size
+        self.shares = {("tree",): SHARES[:1], ("items",): SHARES[-1:]}.get(model.heads, SHARES)
+        self._accelerator, self._vectors = accelerator, None
         self._loss = Replay(self._batch_loss, [], accelerator.device, recorded)
-        self._items = Replay(self._batch_items, [], accelerator.device, recorded)
+        self._ranks = Replay(self._exact_ranks if exact else self._beam_ranks, [], accelerator.device, recorded)
+        self._recorded = recorded
 
     def loss(self, source: SequenceSource) -> float:
-        """Mean of -log p(target) over all samples of the source, in nats."""
-        self.model.eval()
+        """Mean of the training loss, without dropout, over all samples of the source."""
+        self._prepare()
         total = torch.zeros(2, dtype=torch.float64, device=self._accelerator.device)
-        for batch in self.batches(source):
-            history, targets, weights = batch.history, batch.targets.values, _weights(batch)
-            total += self._loss(history.max_length, batch.user, history.values, history.offsets, targets, weights)
+        for _, batch in self._batches(source):
+            weights = _weights(batch)
+            inputs = *_flat(batch.history), batch.targets.values, weights, *_flat(batch.consumed)
+            total += self._loss(batch.history.max_length, *inputs)
         self.model.train()
         loss, count = self._accelerator.reduce(total, "sum").tolist()
         return loss / count
 
-    def metrics(self, source: SequenceSource, ks: tuple[int, ...]) -> dict[str, float]:
-        """Recall@K and NDCG@K of the generated items over all samples of the source."""
-        self.model.eval()
-        metrics = RankingMetrics(ks, self._accelerator.device)
-        for batch in self.batches(source):
-            metrics.update(self.items(batch), batch.targets.values, _weights(batch) > 0)
+    def ranks(self, source: SequenceSource) -> Tensor:
+        """Of each sample's target, from 0, for each of `shares` and of `PROTOCOLS`: [shares, 2, S] int64, on the CPU;
+        N where it is not among the candidates, or consumed and thus no candidate."""
+        self._prepare()
+        ranks = torch.zeros(len(self.shares), 2, len(source), dtype=torch.int64, device=self._accelerator.device)
+        for start, batch in self._batches(source):
+            inputs = *_flat(batch.history), batch.targets.values, *_flat(batch.consumed)
+            found = self._ranks(batch.history.max_length, *inputs)
+            count = min(self.batch_size, len(source) - start)
+            ranks[:, :, start : start + count] = found[:, :, :count]
         self.model.train()
-        metrics.counts = self._accelerator.reduce(metrics.counts, "sum")
-        return metrics.compute()
+        return self._accelerator.reduce(ranks, "sum").cpu()
 
-    def batches(self, source: SequenceSource) -> Iterator[SeqBatch]:
-        """This process's batches of a source with one target a sample."""
-        place = self._accelerator.process_index, self._accelerator.num_processes
-        return source.in_order(self.batch_size, *place, self._recorded)
+    def rows(self, source: SequenceSource) -> dict[str, dict[str, Tensor]]:
+        """Ranks by each head and by both, as the model weighs them: {"tree": {"all": [S] int64, "new": ..}, ..}; what
+        the model recommends by comes last."""
+        shares = {"tree": 0.0, "items": 1.0, "fused": round(float(self.model.item_share), 4)}
+        shares = shares if len(self.model.heads) == 2 else {name: shares[name] for name in self.model.heads}
+        ranks = self.ranks(source)
+        return {
+            name: dict(zip(PROTOCOLS, ranks[self.shares.index(share)], strict=True)) for name, share in shares.items()
+        }
 
-    def items(self, batch: SeqBatch) -> Tensor:
-        """The items that `beam_search` finds, [B, K] int64; a recording's next call overwrites them."""
-        consumed = (batch.consumed.values, batch.consumed.offsets) if batch.consumed is not None else ()
-        history = batch.history
-        return self._items(history.max_length, batch.user, history.values, history.offsets, *consumed)
+    def lists(self, source: SequenceSource, k: int, new: bool) -> Tensor:
+        """The k best items of each sample by both heads: [S, k] int64, on the CPU, -1 where there are fewer."""
+        self._prepare()
+        lists = torch.zeros(len(source), k, dtype=torch.int64, device=self._accelerator.device)
+        for start, batch in self._batches(source):
+            with self._accelerator.autocast():
+                ranked = self.best(batch, k, new)
+            count = min(self.batch_size, len(source) - start)
+            lists[start : start + count] = ranked.items[:count]
+        self.model.train()
+        return self._accelerator.reduce(lists, "sum").cpu()
+
+    @torch.no_grad()
+    def best(self, batch: SeqBatch, k: int, new: bool) -> RankedItems:
+        """The k best items of each user; new: of those not consumed. To be called under autocast."""
+        inputs = self.model, batch.history, self._vectors
+        consumed = batch.consumed, new
+        found = whole_catalogue(*inputs, *consumed) if self.exact else beam_search(*inputs, self.beams, *consumed)
+        return found.best(self.model.item_share, k)
+
+    def _prepare(self) -> None:
+        """Puts the vectors of items and nodes as they are now where recordings read them."""
+        self.model.eval()
+        with torch.no_grad(), self._accelerator.autocast():
+            vectors = self.model.vectors()
+        if self._vectors is None:
+            self._vectors = vectors
+            return
+        for place, fresh in zip(_tensors(self._vectors), _tensors(vectors), strict=True):
+            place.copy_(fresh)
+
+    def _batches(self, source: SequenceSource):
+        """This process's batches of a source with one target a sample, and the first sample of each."""
+        place, n = self._accelerator.process_index, self._accelerator.num_processes
+        batches = source.in_order(self.batch_size, place, n, self._recorded)
+        return ((self.batch_size * (place + n * i), batch) for i, batch in enumerate(batches))
 
     @torch.no_grad()
     def _batch_loss(
-        self, longest: int, user: Tensor, items: Tensor, offsets: Tensor, targets: Tensor, weights: Tensor
+        self, longest: int, items: Tensor, offsets: Tensor, targets: Tensor, weights: Tensor, *consumed: Tensor
     ) -> Tensor:
-        """Sum of the losses of the users that count, and their number: [2] float64."""
-        history = JaggedTensor(items, offsets, longest)
-        batch = SeqBatch(user, history, JaggedTensor.uniform(targets[:, None]), target_weights=weights)
+        """Sum of the losses of the users that count, and their number: [2] float64. consumed: values and offsets."""
+        history, targets = JaggedTensor(items, offsets, longest), JaggedTensor.uniform(targets[:, None])
+        values, bounds = consumed
+        seen = bounds[:-1], bounds[1:], first_occurrences(JaggedTensor(values, bounds, len(values)))
         with self._accelerator.autocast():  # here, so that a recording holds its own casts of the weights
-            loss = self.model(tokenize(batch, self.trie.item_codes), self.trie).loss
+            loss = self.model(SeqBatch(offsets[:-1], history, targets, None, weights, seen)).loss
         count = weights.sum(dtype=torch.float64)
         return torch.stack([loss.double() * count, count])
 
     @torch.no_grad()
-    def _batch_items(self, longest: int, user: Tensor, items: Tensor, offsets: Tensor, *consumed: Tensor) -> Tensor:
-        """See `items`. consumed: values and offsets, where items are left out."""
-        left_out = JaggedTensor(*consumed, max_length=len(consumed[0])) if consumed else None
-        none = JaggedTensor(user[:0], torch.zeros_like(offsets), 0)
-        batch = SeqBatch(user, JaggedTensor(items, offsets, longest), none, left_out)
+    def _exact_ranks(self, longest: int, items: Tensor, offsets: Tensor, targets: Tensor, *consumed: Tensor) -> Tensor:
+        """See `ranks`; consumed: values and offsets."""
+        history, left_out = JaggedTensor(items, offsets, longest), JaggedTensor(*consumed, len(consumed[0]))
         with self._accelerator.autocast():
-            return beam_search(self.model, tokenize(batch, self.trie.item_codes), self.trie, self.beams).items
+            found = whole_catalogue(self.model, history, self._vectors, left_out)
+        ranks = [torch.stack(exact_ranks(found.scores(share), targets, left_out)) for share in self.shares]
+        return torch.stack(ranks)
+
+    @torch.no_grad()
+    def _beam_ranks(self, longest: int, items: Tensor, offsets: Tensor, targets: Tensor, *consumed: Tensor) -> Tensor:
+        """See `ranks`; consumed: values and offsets."""
+        history, left_out = JaggedTensor(items, offsets, longest), JaggedTensor(*consumed, len(consumed[0]))
+        missing, ranks = self.model.tree.n_items, []
+        for new in (False, True):
+            with self._accelerator.autocast():
+                found = beam_search(self.model, history, self._vectors, self.beams, left_out, new)
+            ranks.append(torch.stack([candidate_ranks(found, share, targets, missing) for share in self.shares]))
+        return torch.stack(ranks, 1)
+
+
+def candidate_ranks(found: Candidates, share: float, targets: Tensor, missing: int) -> Tensor:
+    """Rank of each user's target among the candidates, after those of equal score; `missing` where it is none.
+
+    Shape: targets [B] -> [B] int64.
+    """
+    scores, hit = found.scores(share), found.items == targets[:, None]
+    own = scores.masked_fill(~hit, float("-inf")).amax(1, keepdim=True)
+    return torch.where(hit.any(1), (scores >= own).sum(1) - 1, missing)
 
 
 def _weights(batch: SeqBatch) -> Tensor:
@@ -98,21 +162,9 @@ def _weights(batch: SeqBatch) -> Tensor:
     return torch.ones(len(batch.user), device=batch.user.device) if weights is None else weights
 
 
-def baseline_metrics(
-    source: SequenceSource, train_lengths: Tensor, n_items: int, ks: tuple[int, ...]
-) -> dict[str, float]:
-    """The same metrics of the two trivial baselines: {"most_popular/recall@5": .., "transition/ndcg@10": ..}."""
-    result = {}
-    for name, baseline in (("most_popular", MostPopular), ("transition", Transition)):
-        ranker, metrics = baseline(source.interactions, train_lengths, n_items), RankingMetrics(ks)
-        for batch in source.in_order(256):
-            last = batch.history.values[batch.history.offsets[1:] - 1].cpu()
-            spare = batch.consumed.max_length if batch.consumed is not None else 0
-            items = ranker.rank(last, min(max(ks) + spare, n_items))
-            if batch.consumed is not None:
-                seen = is_consumed(items, batch.consumed.to("cpu"))
-                order = seen.sort(dim=1, stable=True).indices  # those not consumed first
-                items = items.masked_fill(seen, -1).gather(1, order)
-            metrics.update(items, batch.targets.values.cpu())
-        result |= {f"{name}/{key}": value for key, value in metrics.compute().items()}
-    return result
+def _flat(rows: JaggedTensor) -> tuple[Tensor, Tensor]:
+    return rows.values, rows.offsets
+
+
+def _tensors(vectors: Vectors) -> list[Tensor]:
+    return vectors.nodes + ([vectors.items] if vectors.items is not None else [])

@@ -1,50 +1,188 @@
-"""Metrics of retrieval and of codebooks."""
+"""Metrics of retrieval and of codebooks.
 
+Those of retrieval come from ranks: of each evaluated user one integer, the target's place from 0. Under the protocol
+"all" every item is ranked, under "new" only those that the user has not consumed; a consumed target is a miss there,
+with the number of items as its rank.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor
 
+from data.files import write_file
+from data.splits import in_training
+from data.utils import SequenceSource
 from modules.tokenizer.separate import number_groups
+from ops.jagged import JaggedTensor, row_indices
+
+GROUP_K = 10  # of the figures by groups of users
+DRAWS = 10**7  # numbers that the bootstrap draws at a time
 
 
-def target_rank(items: Tensor, target: Tensor) -> Tensor:
-    """0-based place of the target in a ranking without repeats; K where it is missing.
+def exact_ranks(scores: Tensor, targets: Tensor, consumed: JaggedTensor) -> tuple[Tensor, Tensor]:
+    """Ranks under the protocols "all" and "new": the other items that are not scored below the target.
 
-    Shape: items [B, K], target [B] -> [B] int64.
+    Items that tie with the target so come before it, as all do where its score is NaN.
+    Shape: scores [B, N] float, targets [B] int64, consumed: rows of item ids, those from B on ignored -> 2 x [B] int64.
     """
-    hits = items == target[:, None]
-    return torch.where(hits.any(1), hits.int().argmax(1), items.shape[1])
+    score = scores.gather(1, targets[:, None])  # [B, 1]
+    ranks = scores.shape[1] - 1 - (scores < score).sum(1)
+
+    def ahead(rows: Tensor, items: Tensor) -> Tensor:
+        return ~(scores[rows, items] < score[rows, 0])
+
+    return ranks, ranks_among_new(ranks, targets, consumed, scores.shape[1], ahead)
 
 
-class RankingMetrics:
-    """Recall@K and NDCG@K over single-target rankings, accumulated as exact counts per rank.
+def ranks_among_new(
+    ranks: Tensor, targets: Tensor, consumed: JaggedTensor, n_items: int, ahead: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Ranks among the items that are not consumed; n_items for a consumed target. Never asks the device for a number.
 
-    Recall@K = share of targets within the first K. NDCG@K = mean of 1 / log2(rank + 2) for those within the
-    first K, else 0 (one relevant item, so the ideal DCG is 1; Jarvelin and Kekalainen 2002).
+    ahead(rows [T], items [T]) -> [T] bool: whether an item comes before the target of its row.
+    Shape: ranks among all items [B] int64, targets [B] int64, consumed: rows of item ids, those from B on ignored
+    -> [B] int64.
     """
+    rows = row_indices(consumed.offsets, len(consumed.values))
+    keys = (rows * n_items + consumed.values).sort().values  # an item that was consumed twice counts once
+    rows, items = keys // n_items, keys % n_items
+    counted = (F.pad(keys.diff(), (1, 0), value=1)[: len(keys)] != 0) & (rows < len(ranks))
+    rows = rows.clamp_max(len(ranks) - 1)
+    gone = torch.zeros_like(ranks).index_add_(0, rows, (counted & ahead(rows, items)).long())
+    missed = torch.zeros_like(ranks).index_add_(0, rows, (counted & (items == targets[rows])).long())
+    return torch.where(missed > 0, n_items, ranks - gone)
 
-    def __init__(self, ks: tuple[int, ...], device: torch.device | str = "cpu") -> None:
-        self.ks = ks
-        self.counts = torch.zeros(max(ks) + 1, dtype=torch.int64, device=device)  # per rank; the last: missing
 
-    def update(self, items: Tensor, target: Tensor, counted: Tensor | None = None) -> None:
-        """items [B, K], best first, -1 for none; target [B]; counted [B] bool: which users count, by default all."""
-        depth = len(self.counts) - 1
-        rank = target_rank(items[:, :depth], target)
-        rank = torch.where(rank < min(depth, items.shape[1]), rank, depth)
-        self.counts.index_add_(0, rank, torch.ones_like(rank) if counted is None else counted.long())
+def gains(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each user's part of Recall@k and of NDCG@k. Shape: int64 -> 2 x the same, float64.
 
-    def compute(self) -> dict[str, float]:
-        """{"recall@5": .., "ndcg@5": .., ...}. ValueError where nothing was added."""
-        counts = self.counts.double().cpu()
-        if counts.sum() == 0:
-            raise ValueError("No samples to evaluate: the split is empty.")
-        gains = 1 / torch.log2(torch.arange(len(counts) - 1, dtype=torch.float64) + 2)
-        result = {}
-        for k in self.ks:
-            result[f"recall@{k}"] = float(counts[:k].sum() / counts.sum())
-            result[f"ndcg@{k}"] = float((counts[:k] * gains[:k]).sum() / counts.sum())
-        return result
+    Recall: 1 for a target within the first k. NDCG: 1 / log2(rank + 2) for it (one relevant item, so the ideal DCG
+    is 1; Jarvelin and Kekalainen 2002). Else both are 0.
+    """
+    hit = (ranks < k).double()
+    return hit, hit / torch.log2(ranks.double() + 2)
+
+
+def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
+    """{"recall@5": .., "ndcg@5": .., .., "mrr": ..}: means over the users. ranks: [S] int64.
+
+    mrr: of 1 / (rank + 1), 0 where the target is not within the first max(ks). ValueError where S = 0.
+    """
+    if len(ranks) == 0:
+        raise ValueError("No samples to evaluate: the split is empty.")
+    result = {}
+    for k in ks:
+        recall, ndcg = gains(ranks, k)
+        result |= {f"recall@{k}": float(recall.mean()), f"ndcg@{k}": float(ndcg.mean())}
+    hit, _ = gains(ranks, max(ks))
+    return result | {"mrr": float((hit / (ranks + 1)).mean())}
+
+
+def breakdown(ranks: Tensor, groups: dict[str, Tensor], k: int) -> dict[str, dict[str, float]]:
+    """Each group's number of "users", "recall@k" and "ndcg@k". Groups without users are left out.
+
+    Shape: ranks [S] int64, groups [S] bool each.
+    """
+    result = {}
+    for name, group in groups.items():
+        recall, ndcg = (gain[group] for gain in gains(ranks, k))
+        if len(recall):
+            result[name] = {"users": len(recall), f"recall@{k}": float(recall.mean()), f"ndcg@{k}": float(ndcg.mean())}
+    return result
+
+
+def bins(values: Tensor, starts: tuple[int, ...]) -> dict[str, Tensor]:
+    """Groups of users by a number: {"1-5": [S] bool, .., "21+": [S] bool} for values [S] and starts (1, .., 21)."""
+    result = {}
+    for start, after in zip(starts, starts[1:], strict=False):
+        name = str(start) if after == start + 1 else f"{start}-{after - 1}"
+        result[name] = (values >= start) & (values < after)
+    return result | {f"{starts[-1]}+": values >= starts[-1]}
+
+
+def task_groups(source: SequenceSource, train_lengths: Tensor, n_items: int) -> dict[str, dict[str, Tensor]]:
+    """The users of a split by how often the target occurs in training, and by how many items they had consumed.
+
+    train_lengths: [U] int64, how many leading interactions of each user are training data. Groups as of `breakdown`.
+    """
+    interactions, samples = source.interactions, source.samples
+    items = interactions.items.long()
+    counts = torch.bincount(items[in_training(interactions, train_lengths)], minlength=n_items)
+    targets = items[interactions.offsets[samples.user] + samples.position]
+    return {
+        "target_in_training": bins(counts[targets], (0, 1, 6, 21)),
+        "history": bins(samples.position, (1, 6, 11, 21, 51)),
+    }
+
+
+def all_figures(
+    ranks: dict[str, dict[str, Tensor]], groups: dict[str, dict[str, Tensor]], ks: tuple[int, ...], n_items: int
+) -> dict[str, float]:
+    """All that metrics.json says of a split's rankings, flat.
+
+    ranks: [S] int64 of each row of the table and each protocol, as {"most_popular": {"all": .., "new": ..}, ..}; that
+    row tells which targets were consumed. groups: of `task_groups`.
+    Keys: "users", "unseen_targets" and "consumed_targets" (how many), "<row>/<protocol>/<metric>" with those of
+    `ranking_metrics`, "<row>/<protocol>/<kind>/<group>/<metric>" with those of `breakdown` at GROUP_K.
+    """
+    consumed = ranks["most_popular"]["new"] >= n_items
+    unseen = groups["target_in_training"]["0"]
+    result = {"users": len(consumed), "unseen_targets": int(unseen.sum()), "consumed_targets": int(consumed.sum())}
+    for row, protocols in ranks.items():
+        for protocol, own in protocols.items():
+            figures = ranking_metrics(own, ks)
+            for kind, members in groups.items():
+                for group, values in breakdown(own, members, GROUP_K).items():
+                    figures |= {f"{kind}/{group}/{name}": value for name, value in values.items()}
+            result |= {f"{row}/{protocol}/{name}": value for name, value in figures.items()}
+    return result
+
+
+def save_ranks(path: Path, ranks: dict[str, dict[str, Tensor]]) -> None:
+    """One safetensors file: "<row>/<protocol>" to [S] int32, the users in the order of the split."""
+    tensors = {f"{row}/{name}": own.int() for row, protocols in ranks.items() for name, own in protocols.items()}
+    write_file(path, save(tensors))
+
+
+def paired_bootstrap(
+    ranks_a: Tensor, ranks_b: Tensor, k: int, samples: int = 10_000, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """How a differs from b at "recall@k" and "ndcg@k", by drawing the users with replacement (Efron 1979).
+
+    ranks: [S] int64, or [R, S] of R runs, over which a user's gains are averaged. Each metric has the "difference" of
+    the means a - b, "low" and "high", the ends of its 95 % interval, and "not_better", the share of the `samples`
+    draws in which a is not above b. Users with equal differences are drawn as one, by how many they are.
+    """
+    difference = torch.stack(gains(ranks_a, k), -1) - torch.stack(gains(ranks_b, k), -1)
+    difference = difference.reshape(-1, ranks_a.shape[-1], 2).mean(0)  # [S, 2]
+    values, counts = (tensor.cpu().numpy() for tensor in difference.unique(dim=0, return_counts=True))
+    draw, n_users = np.random.default_rng(seed), counts.sum()
+    chunk = max(1, DRAWS // len(counts))
+    sizes = [min(chunk, samples - start) for start in range(0, samples, chunk)]
+    means = [draw.multinomial(n_users, counts / n_users, size) @ values / n_users for size in sizes]
+    means = np.concatenate(means)  # [samples, 2]
+    result = {}
+    for column, name in enumerate((f"recall@{k}", f"ndcg@{k}")):
+        low, high = np.quantile(means[:, column], (0.025, 0.975))
+        result[name] = {
+            "difference": float(difference[:, column].mean()),
+            "low": float(low),
+            "high": float(high),
+            "not_better": float((means[:, column] <= 0).mean()),
+        }
+    return result
+
+
+def occurring(lists: Tensor, n_items: int) -> Tensor:
+    """Which items occur in the lists: [N] bool, whose mean is their share of the catalogue. lists: [S, K] int64, -1
+    for none."""
+    mask = torch.zeros(n_items + 1, dtype=torch.bool, device=lists.device)  # -1 marks the last
+    return mask.index_fill_(0, lists.flatten() % (n_items + 1), True)[:-1]
 
 
 def codebook_usage(codes: Tensor, codebook_size: int) -> dict[str, float]:

@@ -7,6 +7,20 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+ROWS = {
+    "most_popular": "most popular",
+    "transition": "transition",
+    "sasrec": "SASRec",
+    "tree": "tree alone",
+    "items": "item head alone",
+    "fused": "both",
+    "beams": "by beams",
+    "exact": "exact",
+}
+SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
+PROTOCOLS = {"all": "all items", "new": "items not yet consumed"}
+GROUPS = {"target_in_training": "how often the target occurs in training", "history": "items consumed before"}
+
 
 def heading(title: str, show: bool, **lines: object) -> None:
     """A title and named lines, before the progress bar."""
@@ -79,19 +93,43 @@ def verdict(metrics: dict[str, float], min_usage: float, is_error: bool, show: b
 
 
 def retrieval_table(metrics: dict[str, float], split: str, excluded: bool, folder: Path, show: bool) -> None:
-    """One row each for the model and the baselines, a column for each metric; `excluded`: consumed items are."""
+    """A row for each kind of scores under both protocols, what the users are, and ndcg by groups of users.
+
+    metrics: what metrics.json holds, see `training.metrics.all_figures`, "test/" before its names. excluded: whether
+    the checkpoint was chosen, and the groups are shown, by rankings without consumed items.
+    """
     if not show:
         return
-    names = [name.removeprefix("valid/") for name in metrics if name.startswith("valid/")]
-    rows = {"most popular": "most_popular/", "transition": "transition/", "this model": ""}
+    names = [name for name in SHOWN if f"test/most_popular/all/{name}" in metrics]
+    rows = {row: title for row, title in ROWS.items() if f"test/{row}/all/{names[-1]}" in metrics}
+    protocol = "new" if excluded else "all"
     best = ", ".join(f"{name} {metrics[f'valid/{name}']:.4f}" for name in names[-2:])
-    print(f"\nBest checkpoint on the validation split: {best}")
-    tables = {"test": "items not yet consumed" if excluded else "all items", "test_all_items": "all items"}
-    for key, candidates in tables.items():
-        if f"{key}/{names[0]}" not in metrics:
-            continue
-        print(f"\nTest, {split} split, ranking {candidates}")
-        print(" " * 22 + "".join(f"{name:>11}" for name in names))
-        for row, prefix in rows.items():
-            print(f"  {row:<20}" + "".join(f"{metrics[f'{key}/{prefix}{name}']:>11.4f}" for name in names))
+    print(f"\nBest checkpoint on the validation split, ranking {PROTOCOLS[protocol]}: {best}")
+    print(f"\nTest, {split} split")
+    print(" " * 18 + "".join(f"  {title:<{11 * len(names)}}" for title in PROTOCOLS.values()).rstrip())
+    print(" " * 18 + ("  " + "".join(f"{name:>11}" for name in names)) * 2)
+    for row, title in rows.items():
+        figures = [[metrics[f"test/{row}/{kind}/{name}"] for name in names] for kind in PROTOCOLS]
+        print(f"  {title:<16}" + "".join("  " + "".join(f"{value:>11.4f}" for value in half) for half in figures))
+    print(
+        f"{metrics['test/users']:,} users. {metrics['test/unseen_targets']:,} targets never occur in training.", end=" "
+    )
+    print(f"{metrics['test/consumed_targets']:,} were consumed before: misses among {PROTOCOLS['new']}.")
+    if "test/distinct_share" in metrics:
+        print(f"{metrics['test/distinct_share']:.1%} of the catalogue is in someone's list of ten.")
+    for kind, title in GROUPS.items():
+        _group_table(metrics, kind, title, names[-1], protocol, rows)
     print(f"Run folder: {folder}")
+
+
+def _group_table(
+    metrics: dict[str, float], kind: str, title: str, name: str, protocol: str, rows: dict[str, str]
+) -> None:
+    """One line for each group of users: how many there are, and each row's metric `name` over them."""
+    start, end = f"test/most_popular/{protocol}/{kind}/", "/users"
+    groups = [key[len(start) : -len(end)] for key in metrics if key.startswith(start) and key.endswith(end)]
+    print(f"\n{name} by {title}, ranking {PROTOCOLS[protocol]}")
+    print(" " * 8 + f"{'users':>10}" + "".join(f"{title:>16}" for title in rows.values()))
+    for group in groups:
+        figures = [metrics[f"test/{row}/{protocol}/{kind}/{group}/{name}"] for row in rows]
+        print(f"  {group:<6}{metrics[start + group + end]:>10,}" + "".join(f"{value:>16.4f}" for value in figures))

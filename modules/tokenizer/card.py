@@ -13,6 +13,10 @@ codes = tokenizer.codes(features)  # [N, {input_dim}] float32 -> [N, {n_layers}]
 STATISTICS = """`unique_share`, `largest_group` and the losses are by the nearest codes, `id_*` and `neighbours_*` by
 the IDs, in which items with the same nearest codes were given different last codes if `separate_collisions` is on."""
 
+FILES = """`semantic_ids.safetensors` holds the IDs of the dataset's items (`SemanticIds.load`), `features.npy` the
+features that describe the items, as the encoder sees them (`load_item_features`). Features made of interactions are
+not in it; if there are no others, there is no such file."""
+
 
 def model_card(
     config: dict, dataset: str | None = None, features: str | None = None, statistics: dict[str, float] | None = None
@@ -33,7 +37,7 @@ def model_card(
     lines += [f"- Dataset: {dataset or 'not recorded'}", f"- Item features: {features or 'not recorded'}", ""]
     lines += [USAGE.format(**config), ""]
     if dataset is not None:
-        lines += ["`semantic_ids.safetensors` holds the IDs of the dataset's items (`SemanticIds.load`).", ""]
+        lines += [FILES, ""]
     if statistics:
         lines += ["## Statistics", STATISTICS, "", "| | |", "|---|---|"]
         for name, value in statistics.items():

@@ -1,7 +1,8 @@
-"""Semantic IDs of a corpus: those that a tokenizer's artifact holds, or made by the tokenizer."""
+"""Semantic IDs and item features of a corpus: those that a tokenizer's artifact holds, or made by the tokenizer."""
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from data.corpus import Corpus
+from data.features import ItemFeatures
 from data.stream import stream
 from modules.loss import reconstruction_loss
 from modules.rqvae import RqVae
-from modules.tokenizer.semids import SemanticIds
+from modules.tokenizer.semids import SemanticIds, features_digest, load_item_features
 from modules.tokenizer.separate import separate, surplus
 
 MAX_CANDIDATES = 32  # nearest last codes that an item may be moved to
@@ -54,9 +56,40 @@ def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int
     return total / len(x)
 
 
-def make_ids(model: RqVae, codes: Tensor, corpus: Corpus, features: str, split: str) -> SemanticIds:
+@torch.no_grad()
+def encoder_features(
+    model: RqVae, x: Tensor, columns: np.ndarray, path: Path | None = None, batch_size: int = 8192
+) -> np.ndarray | None:
+    """Some columns of the item features as the RQ-VAE's encoder sees them, chunk by chunk; None where there are none.
+
+    Shape: x [N, input_dim] float32, columns [input_dim] bool -> [N, D] float16, D how many columns are true.
+    path: a .npy file to write them to, aside and then renamed; the result is memory-mapped, and memory holds one chunk.
+    Without columns the file is removed. Raises ValueError where a value is beyond the range of float16.
+    """
+    if not columns.any():
+        if path:
+            path.unlink(missing_ok=True)
+        return None
+    aside, shape = path and path.with_name(f".{path.name}"), (len(x), int(columns.sum()))
+    values = np.lib.format.open_memmap(aside, "w+", np.float16, shape) if aside else np.empty(shape, np.float16)
+    for start, chunk in zip(range(0, len(x), batch_size), stream(x, batch_size, model.device), strict=True):
+        values[start : start + batch_size] = seen = model.normalized(chunk).half().cpu().numpy()[:, columns]
+        if not (finite := np.isfinite(seen).all(axis=1)).all():
+            raise ValueError(
+                f"The features of item {start + int(finite.argmin())} reach beyond 65504, the largest float16: scale "
+                "them, or set RqVae.standardize."
+            )
+    if aside:
+        values.flush()
+        os.replace(aside, path)
+    return values
+
+
+def make_ids(
+    model: RqVae, codes: Tensor, corpus: Corpus, features: str, split: str, item_features: np.ndarray | None
+) -> SemanticIds:
     """Unique IDs from a catalogue's codes [N, L]; features: the identity of what the model read, of the training
-    data of `split`."""
+    data of `split`; item_features: [N, D], its `encoder_features`, or None."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -66,16 +99,17 @@ def make_ids(model: RqVae, codes: Tensor, corpus: Corpus, features: str, split: 
         "split": split,
         "config": json.dumps(model.config),
     }
+    if item_features is not None:
+        identity["item_features"] = features_digest(item_features)
     size = model.config["codebook_size"]
     return SemanticIds.from_codes(codes, size, corpus.item_keys, corpus.name, corpus.hash, identity)
 
 
 @dataclass(frozen=True)
 class Described:
-    """values: [N, D] float32, features of a corpus; identity: what computed them; split: whose training data."""
+    """Features of a corpus, and the split whose training data they are of."""
 
-    values: np.ndarray
-    identity: str
+    features: ItemFeatures
     split: str
 
 
@@ -85,26 +119,31 @@ def load_or_make_ids(
     corpus: Corpus,
     features: Callable[[], Described] | None,
     device: torch.device,
-) -> SemanticIds:
+) -> tuple[SemanticIds, np.ndarray | None]:
     """The IDs at `path` (run or tokenizer folder, IDs file, Hub id at `revision`); with features, those that the
-    tokenizer there (folder, `.pt` checkpoint, Hub id) gives the corpus.
+    tokenizer there (folder, `.pt` checkpoint, Hub id) gives the corpus. Beside them the item features that they were
+    made of, [N, D] float16 as the tokenizer's encoder sees them, without those from interactions; None where there are
+    none.
 
-    features: computes what the tokenizer reads. Raises what `SemanticIds.load` and `RqVae.from_pretrained`
-    raise, and ValueError where the IDs are of another corpus or the features are not those the tokenizer reads.
+    features: computes what the tokenizer reads. Raises what `SemanticIds.load`, `load_item_features` and
+    `RqVae.from_pretrained` raise, and ValueError where the IDs are of another corpus or the features are not those the
+    tokenizer reads.
     """
     if features is None:
         if str(path).endswith(".pt"):
             raise ValueError(f"'{path}' is a tokenizer without semantic IDs: set train.features to what it reads.")
         semantic_ids = SemanticIds.load(path, revision)
         semantic_ids.check_corpus(corpus.name, corpus.hash)
-        return semantic_ids
+        return semantic_ids, load_item_features(path, revision, semantic_ids)
     folder = Path(path) / "tokenizer"
     model = RqVae.from_pretrained(folder if folder.is_dir() else path, revision=revision).to(device)
     described = features()
-    if described.values.shape[1] != model.config["input_dim"]:
+    read = described.features
+    if read.values.shape[1] != model.config["input_dim"]:
         raise ValueError(
             f"The tokenizer '{path}' reads {model.config['input_dim']} features an item, train.features "
-            f"({described.identity}) gives {described.values.shape[1]}."
+            f"({read.identity}) gives {read.values.shape[1]}."
         )
-    codes = catalogue_codes(model, torch.from_numpy(described.values))
-    return make_ids(model, codes, corpus, described.identity, described.split)
+    x = torch.from_numpy(read.values)
+    codes, seen = catalogue_codes(model, x), encoder_features(model, x, ~read.from_interactions)
+    return make_ids(model, codes, corpus, read.identity, described.split, seen), seen

@@ -1,4 +1,4 @@
-"""Semantic IDs of a catalogue: the only thing the second stage takes from the first."""
+"""Semantic IDs of a catalogue and the features they were made from: all that the second stage takes from the first."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -16,7 +17,7 @@ from data.strings import pack_strings, unpack_strings
 from modules.pretrained import resolve
 
 FORMAT = "semantic-ids-1"
-IDS = "semantic_ids.safetensors"
+IDS, FEATURES = "semantic_ids.safetensors", "features.npy"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class SemanticIds:
     apart.
     level_sizes: number of codes of each of the L' levels.
     item_keys: [N] raw item ids, in the order of the rows.
-    corpus_name, corpus_hash: the corpus whose items these are. tokenizer: what produced the codes.
+    corpus_name, corpus_hash: the corpus whose items these are. tokenizer: what produced the codes; "item_features" in
+    it is the `features_digest` of the features that lie beside them.
     """
 
     codes: Tensor
@@ -129,14 +131,47 @@ def _digest(codes: Tensor) -> str:
     return hashlib.sha256(codes.to(torch.int32).contiguous().numpy().tobytes()).hexdigest()
 
 
-def _find(path: str | Path, revision: str | None) -> Path:
+def features_digest(values: np.ndarray) -> str:
+    """16 hex digits that tell features [N, D] from those of other items or another model: by their shape and some
+    thousand rows spread evenly."""
+    rows = np.ascontiguousarray(values[:: max(1, len(values) // 1024)])
+    return hashlib.sha256(str((values.shape, values.dtype)).encode() + rows.tobytes()).hexdigest()[:16]
+
+
+def load_item_features(path: str | Path, revision: str | None, semantic_ids: SemanticIds) -> np.memmap | None:
+    """The item features [N, D] float16 that lie beside semantic IDs, memory-mapped: row n is item n, as the encoder of
+    the RQ-VAE sees it. The array may be written to, the file does not change.
+
+    path, revision: what `semantic_ids` was loaded from. None where the IDs were written without features.
+    Raises FileNotFoundError where the file is gone, ValueError where it is damaged or belongs to other IDs.
+    """
+    if "item_features" not in semantic_ids.tokenizer:
+        return None
+    file = _find(path, revision, FEATURES).with_name(FEATURES)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: the semantic IDs at '{path}' belong to it. Copy both.")
+    try:
+        values = np.load(file, mmap_mode="c")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} can't be read ({error}). Run train_rqvae.py again to write it anew.") from error
+    found = (len(values), features_digest(values))
+    if found != (expected := (semantic_ids.n_items, semantic_ids.tokenizer["item_features"])):
+        raise ValueError(
+            f"{file} holds the features of {found[0]} items ({found[1]}), the semantic IDs at '{path}' were made of "
+            f"those of {expected[0]} items ({expected[1]}). Run train_rqvae.py again to write both anew."
+        )
+    return values
+
+
+def _find(path: str | Path, revision: str | None, *beside: str) -> Path:
+    """The file of semantic IDs; from the Hub, the files `beside` it come too."""
     missing = (
         f"No semantic IDs at '{path}': expected a file, a folder with {IDS} or tokenizer/{IDS}, or a Hub "
         "repository (owner/name) with it. Train a tokenizer first (train_rqvae.py), correct "
         "train.pretrained_rqvae_path, or set train.features to what the tokenizer there reads."
     )
     try:
-        local = resolve(path, revision, (IDS,))
+        local = resolve(path, revision, (IDS, *beside))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{missing} {error}") from error
     for file in (local, local / IDS, local / "tokenizer" / IDS):

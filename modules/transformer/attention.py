@@ -20,6 +20,7 @@ class RelativePositionBias(nn.Module):
     def __init__(self, n_heads: int, bidirectional: bool, n_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__()
         self.table = nn.Embedding(n_buckets, n_heads)
+        nn.init.zeros_(self.table.weight)
         distance = torch.arange(-max_distance, max_distance + 1)  # key - query
         buckets = n_buckets // 2 if bidirectional else n_buckets  # of one direction
         exact = buckets // 2

@@ -117,15 +117,16 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """n_layers blocks. The position bias is shared by all layers.
 
-    causal: a token sees only itself and those before it.
+    causal: a token sees only itself and those before it. drop_output: dropout of the result, too, as T5 has it.
     """
 
-    def __init__(self, config: TransformerConfig, n_layers: int, causal: bool) -> None:
+    def __init__(self, config: TransformerConfig, n_layers: int, causal: bool, drop_output: bool) -> None:
         super().__init__()
         self.causal = causal
         self.bias = RelativePositionBias(config.n_heads, bidirectional=not causal)
         self.input_norm = AddNorm(config)
-        self.blocks = nn.ModuleList(EncoderBlock(config, last=n == n_layers - 1) for n in range(n_layers))
+        lasts = (drop_output and n == n_layers - 1 for n in range(n_layers))
+        self.blocks = nn.ModuleList(EncoderBlock(config, last) for last in lasts)
 
     def forward(self, x: JaggedTensor) -> JaggedTensor:
         """x [T, dim] -> [T, dim], normalized."""

@@ -1,6 +1,6 @@
-"""Copies of rows between layouts: jagged, padded, and joined with the rows of another jagged tensor.
+"""Copies of rows between the jagged and the padded layout.
 
-A row is one stretch of memory in every layout, so a program moves a stretch of it, whatever the shape of a value. Each
+A row is one stretch of memory in both, so a program moves a stretch of it, whatever the shape of a value. Each
 value is read and written once; the limit is the copy bandwidth of the device. The gradient is the copy back. Offsets
 are int64, from which places in memory get their width.
 """
@@ -27,29 +27,6 @@ def _pad_kernel(jagged, padded, offsets, width, capacity, fill, BACK: tl.constex
     else:
         inside = i < capacity * width
         tl.store(padded, tl.load(jagged, mask=inside & (i < size), other=fill), mask=inside)
-
-
-@triton.jit
-def _join_kernel(
-    first, second, joined, first_offsets, second_offsets, width, BACK: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Row b of joined is row b of first, then row b of second; BACK: the other way."""
-    row = tl.program_id(0).to(tl.int64)
-    first_start, second_start = tl.load(first_offsets + row), tl.load(second_offsets + row)
-    border = (tl.load(first_offsets + row + 1) - first_start) * width
-    size = border + (tl.load(second_offsets + row + 1) - second_start) * width
-    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    first += first_start * width + i
-    second += second_start * width + (i - border)
-    joined += (first_start + second_start) * width + i
-    if BACK:
-        values = tl.load(joined, mask=i < size, other=0)
-        tl.store(first, values, mask=i < border)
-        tl.store(second, values, mask=(i >= border) & (i < size))
-    else:
-        values = tl.load(first, mask=i < border, other=0)
-        others = tl.load(second, mask=(i >= border) & (i < size), other=0)
-        tl.store(joined, tl.where(i < border, values, others), mask=i < size)
 
 
 def _grid(rows: int, longest: int, values: Tensor) -> tuple[tuple[int, int], int, int]:
@@ -104,55 +81,4 @@ jagged_to_padded.register_autograd(
 padded_to_jagged.register_autograd(
     lambda ctx, grad: (jagged_to_padded(grad, *ctx.saved_tensors, ctx.sizes[1]), None, None),
     setup_context=_save_sizes,
-)
-
-
-@torch.library.custom_op("jagged::concat_rows", mutates_args=())
-def concat_rows(
-    first: Tensor, second: Tensor, first_offsets: Tensor, second_offsets: Tensor, max_first: int, max_second: int
-) -> Tensor:
-    """[S, ...], [T, ...] -> [S + T, ...]; see `ops.reference.jagged_concat`."""
-    first, second = first.contiguous(), second.contiguous()
-    joined = first.new_empty(len(first) + len(second), *first.shape[1:])
-    _join(first, second, joined, first_offsets, second_offsets, max_first + max_second, back=False)
-    return joined
-
-
-@concat_rows.register_fake
-def _(first, second, first_offsets, second_offsets, max_first, max_second):
-    return first.new_empty(len(first) + len(second), *first.shape[1:])
-
-
-@torch.library.custom_op("jagged::split_rows", mutates_args=())
-def split_rows(
-    joined: Tensor, first_offsets: Tensor, second_offsets: Tensor, n_first: int, max_length: int
-) -> tuple[Tensor, Tensor]:
-    """The inverse of `concat_rows`: [S + T, ...] -> [S, ...], [T, ...], where S = n_first."""
-    joined = joined.contiguous()
-    first, second = (joined.new_empty(n, *joined.shape[1:]) for n in (n_first, len(joined) - n_first))
-    _join(first, second, joined, first_offsets, second_offsets, max_length, back=True)
-    return first, second
-
-
-@split_rows.register_fake
-def _(joined, first_offsets, second_offsets, n_first, max_length):
-    return tuple(joined.new_empty(n, *joined.shape[1:]) for n in (n_first, len(joined) - n_first))
-
-
-def _join(first, second, joined, first_offsets, second_offsets, longest: int, back: bool) -> None:
-    grid, width, block = _grid(len(first_offsets) - 1, longest, joined)
-    if joined.numel():
-        offsets = first_offsets.contiguous(), second_offsets.contiguous()
-        _join_kernel[grid](first, second, joined, *offsets, width, back, block)
-
-
-def _save_offsets(ctx, inputs, output) -> None:
-    first, _, first_offsets, second_offsets, max_first, max_second = inputs
-    ctx.save_for_backward(first_offsets, second_offsets)
-    ctx.sizes = len(first), max_first + max_second
-
-
-concat_rows.register_autograd(
-    lambda ctx, grad: (*split_rows(grad, *ctx.saved_tensors, *ctx.sizes), None, None, None, None),
-    setup_context=_save_offsets,
 )

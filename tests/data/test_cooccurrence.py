@@ -1,5 +1,7 @@
 """Co-occurrence features against loops and dense algebra."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -92,7 +94,9 @@ def test_validation_and_test_interactions_are_never_read(tmp_path):
     lengths = torch.tensor([len(row) - 2 for row in rows])
     changed = [[*row[:-2], 19 - row[-2], 19 - row[-1]] for row in rows]
     source = CoOccurrenceSvd(5)
-    built = [item_features(make(kind, 20), [source], str(tmp_path), lengths).values for kind in (rows, changed)]
+    made = [item_features(make(kind, 20), [source], str(tmp_path), lengths) for kind in (rows, changed)]
+    built = [features.values for features in made]
+    assert made[0].from_interactions.tolist() == [True] * 5
     assert len(list((tmp_path / "features/tiny").iterdir())) == 2, "computed for each corpus"
     assert np.array_equal(*built)
     everything = source(make(rows, 20), lengths + 2)
@@ -113,6 +117,10 @@ def test_vectors_are_deterministic_and_cached_by_content(tmp_path):
     for variant, cut in [*variants, *variants]:
         item_features(corpus, [variant], str(tmp_path), cut)
     assert len(list((tmp_path / "features/tiny").iterdir())) == len(variants)
+    items = corpus.interactions.items
+    corpus.interactions = replace(corpus.interactions, items=items.flip(0))  # as a split may put ties in another order
+    item_features(corpus, [source], str(tmp_path), lengths)
+    assert len(list((tmp_path / "features/tiny").iterdir())) == len(variants) + 1
 
 
 @pytest.mark.parametrize("dim", [0, 8, 128])

@@ -101,6 +101,7 @@ class Lookup:
 
     identity: str
     output: np.ndarray
+    from_interactions: bool = False
     calls: list[tuple[Corpus, torch.Tensor]] = field(default_factory=list)
 
     def content(self, corpus: Corpus, train_lengths: torch.Tensor) -> str:
@@ -122,7 +123,7 @@ def test_several_sources_stand_side_by_side_with_equal_total_variance(tmp_path):
     generator = np.random.default_rng(0)
     loud, quiet = 100 * generator.normal(size=(7, 3)) + 5, 0.01 * generator.normal(size=(7, 2))
     constant = np.full((7, 1), 3)
-    sources = [Lookup("loud", loud), Lookup("quiet", quiet), Lookup("constant", constant)]
+    sources = [Lookup("loud", loud), Lookup("quiet", quiet, True), Lookup("constant", constant)]
     groups = [["b", "a"], [], ["c"], ["a"], ["b", "b"], ["Z"], []]
     built = compute(make(categories=groups), sources, tmp_path, categories=True)
     assert built.identity == "loud + quiet + constant + 4 categories" and built.n_cat_features == 4
@@ -131,6 +132,7 @@ def test_several_sources_stand_side_by_side_with_equal_total_variance(tmp_path):
         assert np.trace(np.cov(block.T, bias=True)) == pytest.approx(1, rel=1e-5)
         np.testing.assert_allclose(block / block[0, 0], source / source[0, 0], rtol=1e-4)  # one number for all
     assert np.ptp(built.values[:, 5]) == 0
+    assert built.from_interactions.tolist() == 3 * [False] + 2 * [True] + 5 * [False]
     assert set(np.unique(built.values[:, 6:])) == {0, 1}, "categories are not scaled"
     np.testing.assert_array_equal(compute(make(), sources[:1], tmp_path).values, loud.astype(np.float32))
 

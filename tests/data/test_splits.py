@@ -1,6 +1,7 @@
 """Splits and windows against one Python loop per user."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.cooccurrence import cooccurrence_counts
 from data.schemas import Interactions, Samples
-from data.splits import draw_splits, every_prefix, leave_one_out, temporal, windows
+from data.splits import draw_splits, drawn, every_prefix, leave_one_out, shuffle_ties, temporal, windows
 from data.utils import SequenceSource
 
 lengths_strategy = st.lists(st.integers(1, 50), min_size=1, max_size=12)
@@ -86,16 +87,28 @@ def test_windows_slide_within_the_training_data_only(lengths, max_items, data):
             assert values and first <= min(values) and max(values) <= last
 
 
-def test_windows_slide_over_their_whole_slack():
-    interactions, max_items = make([21]), 5
-    samples = windows(torch.tensor([21]), max_items)
-    source = SequenceSource(interactions, samples, max_items, torch.device("cpu"))
-    cuts = []
-    for uniform in torch.arange(50, dtype=torch.float64) / 50:
-        index = torch.arange(len(samples))
-        cuts.append(source.batch(index, uniform.expand(len(samples))).targets.values.tolist())
-    seen = [sorted(set(column)) for column in zip(*cuts, strict=True)]
-    assert sorted(seen) == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19], [20]]
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=9), st.integers(1, 30), st.data())
+def test_whatever_is_drawn_for_a_user_each_target_is_covered_once(train_lengths, max_items, data):
+    samples = windows(torch.tensor(train_lengths), max_items)
+    uniform = st.one_of(st.sampled_from([0.0, LARGEST]), st.floats(0, LARGEST))
+    uniform = data.draw(st.lists(uniform, min_size=len(train_lengths), max_size=len(train_lengths)))
+    uniform = torch.tensor(uniform, dtype=torch.float64)[samples.user]
+    position, length = drawn(samples, torch.arange(len(samples)), uniform, max_items)
+    assert position.dtype == length.dtype == torch.int64
+    covered = [[] for _ in train_lengths]
+    for user, end, n in zip(samples.user.tolist(), position.tolist(), length.tolist(), strict=True):
+        assert 1 <= n <= max_items
+        covered[user] += range(end - n + 1, end + 1)  # the items before a window's end are its history
+    assert list(map(sorted, covered)) == [[*range(1, n)] for n in train_lengths]
+
+
+def test_the_cuts_between_windows_take_all_places_that_they_can():
+    samples, seen = windows(torch.tensor([19]), 5), []  # 18 targets on 4 windows
+    for uniform in torch.arange(40, dtype=torch.float64) / 40:
+        seen.append(tuple(drawn(samples, torch.arange(4), uniform.expand(4), 5)[0].tolist()))
+    assert Counter(seen) == {(18, 13, 8, 3): 14, (18, 14, 9, 4): 13, (18, 15, 10, 5): 13}
+    assert windows(torch.tensor([6]), 5).slack.tolist() == [0], "one window holds all that there is"
 
 
 timed = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=9), min_size=1, max_size=9)
@@ -161,7 +174,35 @@ def test_what_comes_after_the_cut_reaches_neither_features_nor_training_batches(
         assert torch.equal(one, other)
 
 
+@settings(deadline=None, max_examples=40)
+@given(timed, st.integers(0, 2**40))
+def test_shuffled_ties_stay_with_their_user_and_moment_and_are_split(rows, seed):
+    interactions = with_times(rows)
+    shuffled = shuffle_ties(interactions, seed)
+    assert torch.equal(shuffled.offsets, interactions.offsets)
+    assert torch.equal(shuffled.timestamps, interactions.timestamps)
+    users = torch.arange(len(rows)).repeat_interleave(interactions.offsets.diff())
+
+    def triples(some: Interactions) -> list[tuple[int, int, int]]:
+        return list(zip(users.tolist(), some.timestamps.tolist(), some.items.tolist(), strict=True))
+
+    assert sorted(triples(shuffled)) == sorted(triples(interactions))
+    assert torch.equal(shuffle_ties(interactions, seed).items, shuffled.items)
+    splits, plain = draw_splits("leave-one-out", interactions, seed), draw_splits("leave-one-out", interactions)
+    assert torch.equal(splits.interactions.items, shuffled.items) and plain.interactions is interactions
+    assert pairs(splits.test) == pairs(plain.test) and torch.equal(splits.train_lengths, plain.train_lengths)
+    assert splits.name == f"leave-one-out (tie seed {seed})"
+
+
+def test_every_order_of_a_tie_is_as_likely():
+    interactions = with_times([[0, 7, 7, 7, 9], [7, 7]])
+    orders = Counter(tuple(shuffle_ties(interactions, seed).items.tolist()) for seed in range(1200))
+    assert len(orders) == 12 and all(65 <= count <= 135 for count in orders.values())  # 100 each, +- 3.6 deviations
+
+
 def test_splits_that_cannot_be_drawn_are_refused():
+    with pytest.raises(ValueError, match="split.tie_seed = 3 needs timestamps"):
+        draw_splits("leave-one-out", make([5]), 3)
     with pytest.raises(ValueError, match="needs timestamps"):
         temporal(make([5, 5]))
     for shares in ((0, 0.1), (0.1, 0), (0.5, 0.5), (-0.1, 0.2)):

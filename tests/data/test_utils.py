@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.schemas import Interactions, SeqBatch
-from data.splits import every_prefix, leave_one_out, windows
+from data.splits import drawn, every_prefix, leave_one_out, windows
 from data.utils import (
     CONSUMED_GRAIN,
     SequenceSource,
@@ -81,12 +81,12 @@ def test_every_position_is_the_target_of_what_came_before_it(rows, max_items, da
         zip(to_rows(batch.history), to_rows(batch.targets), to_rows(last.targets), strict=True)
     ):
         user = rows[int(samples.user[row])]
-        position = int(samples.position[row] + (uniform[row] * (samples.slack[row] + 1)).floor())
+        position, length = (int(part[row]) for part in drawn(samples, index, uniform, max_items))
         seen = len(history) - len(targets) + 1
         assert 1 <= seen and targets[-1:] == final
         for i, target in enumerate(targets):
             before = position - len(targets) + 1 + i
-            assert target == user[before] and history[: seen + i] == user[max(0, position - max_items) : before]
+            assert target == user[before] and history[: seen + i] == user[position - length : before]
 
 
 @settings(deadline=None, max_examples=25)
@@ -151,10 +151,24 @@ def test_epochs_steps_and_seeds_differ():
     shuffler = Shuffler(1000, 100, seed=0)
     assert not torch.equal(shuffler.draw(0)[0], shuffler.draw(10)[0])  # the first batches of two epochs
     assert not torch.equal(shuffler.draw(0)[1], shuffler.draw(1)[1])
+    assert not torch.equal(shuffler.draw(0)[1], shuffler.draw(10)[1])
     assert not torch.equal(shuffler.draw(0)[0], Shuffler(1000, 100, seed=1).draw(0)[0])
     assert not torch.equal(shuffler.draw(0)[1], Shuffler(1000, 100, seed=1).draw(0)[1])
     epoch = torch.cat([shuffler.draw(step)[0] for step in range(10)])
     assert epoch.sort().values.tolist() == list(range(1000)) and epoch.tolist() != list(range(1000))
+
+
+def test_a_group_shares_one_number_in_an_epoch():
+    groups = torch.tensor([3, 0, 0, 2, 3, 3])
+    shuffler, seen = Shuffler(6, 2, 0, groups), set()
+    for epoch in range(3):
+        numbers = {}
+        for step in range(3 * epoch, 3 * epoch + 3):
+            for index, uniform in zip(*(part.tolist() for part in shuffler.draw(step)), strict=True):
+                numbers.setdefault(int(groups[index]), set()).add(uniform)
+        assert {group: len(values) for group, values in numbers.items()} == {0: 1, 2: 1, 3: 1}
+        seen |= {value for values in numbers.values() for value in values}
+    assert len(seen) == 9
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(0, 4), (4, 0)])

@@ -1,14 +1,16 @@
 """The retriever without padding against a padded twin with the same weights."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from modules.generation.beam_search import beam_search
-from modules.generation.trie import Trie
 from modules.model import EncoderDecoderRetrievalModel
-from tests.modules.helpers import dense_logits, dense_losses, make_batch, make_model, random_catalogue
+from modules.tree import Tree
+from tests.modules.helpers import dense_log_probs, dense_queries, make_batch, make_model, random_catalogue
 
 N_ITEMS = 20
 CODES, SIZES = random_catalogue(N_ITEMS, seed=0)
@@ -19,127 +21,163 @@ def random_histories(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [torch.randint(0, N_ITEMS, (length,), generator=generator).tolist() for length in lengths]
 
 
-def tail_targets(counts: list[int]) -> list[list[int]]:
-    return random_histories(counts, seed=1)
-
-
 LENGTHS = {
     "mixed": ([3, 1, 7, 2, 7], [3, 1, 5, 1, 0]),  # history items, targets
-    "one user": ([4], [4]),
     "one item": ([1], [1]),
     "single targets": ([5, 1, 2], [1, 1, 1]),
-    "no history": ([0, 2], [1, 1]),
-    "far apart": ([45, 3], [45, 2]),  # tokens at more than the largest distance of the position bias
+    "far apart": ([140, 3], [140, 2]),  # tokens at more than the largest distance of the position bias
+}
+ALL = {"item_parts": ("free", "codes", "nodes", "features")}
+LAYOUTS = {
+    "both heads": ALL,
+    "smoothed": {**ALL, "item_smoothing": 0.1, "tree_smoothing": 0.2},
+    "tree alone": {"item_loss": 0.0, "item_parts": ("codes", "nodes"), "node_parts": ("free",), "features": 0},
+    "item head alone": {"tree_loss": 0.0, "item_parts": ("free",), "features": 0},
+    "decoder": {"decoder_layers": 2},
+    "TIGER": {"decoder_layers": 2, "item_tokens": False, "node_parts": ("codes",), "features": 0},
+    "bidirectional": {"decoder_layers": 1, "item_tokens": False, "causal_encoder": False},
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("causal", [True, False])
+def features_of(model: EncoderDecoderRetrievalModel) -> torch.Tensor | None:
+    """As `make_model` draws them."""
+    columns = model.nodes[-1].features if len(model.nodes) else None
+    return None if columns is None else columns[model.tree.item_nodes[:, -1].long()]
+
+
+def dense_losses(model, histories, targets, seen) -> tuple[torch.Tensor, torch.Tensor]:
+    """The item head's loss and those of the levels, [L'], means over the targets."""
+    state, queries, items, nodes = dense_queries(model, CODES, histories, targets, features_of(model))
+    flat = torch.tensor([item for own in targets for item in own])
+    head, levels = torch.zeros(()), torch.zeros(CODES.shape[1])
+    if "items" in model.heads:
+        logits, smoothing = state @ items.T, model.item_smoothing
+        losses = []
+        for row, gone, target in zip(logits, seen, flat.tolist(), strict=True):
+            biased = row + 10 * model.seen * torch.tensor([n in gone for n in range(N_ITEMS)])
+            losses.append(F.cross_entropy(biased, torch.tensor(target), label_smoothing=smoothing))
+        head = torch.stack(losses).mean()
+    if "tree" in model.heads:
+        log_probs = dense_log_probs(queries, CODES, nodes)  # [P, N, L']
+        smoothing, rows = model.tree_smoothing, []
+        for place, target in enumerate(flat.tolist()):
+            losses = []
+            for depth in range(CODES.shape[1]):
+                prefix = CODES[target, :depth]
+                siblings = [n for n in range(N_ITEMS) if torch.equal(CODES[n, :depth], prefix)]
+                by_code = {int(CODES[n, depth]): log_probs[place, n, depth] for n in siblings}
+                mean = torch.stack(list(by_code.values())).mean()
+                own = by_code[int(CODES[target, depth])]
+                losses.append(-(1 - smoothing) * own - smoothing * mean if len(by_code) > 1 else 0 * own)
+            rows.append(torch.stack(losses))
+        levels = torch.stack(rows).mean(0)
+    return head, levels
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", LENGTHS)
-def test_outputs_and_gradients_are_those_of_the_padded_twin(case, causal, dtype):
+def test_losses_and_gradients_are_those_of_the_padded_twin(case, layout):
     lengths, counts = LENGTHS[case]
-    counts = counts if causal else [1] * len(lengths)
-    histories, targets, users = random_histories(lengths), tail_targets(counts), [40, 3, 3, 10**9, 5][: len(lengths)]
-    model = make_model(SIZES, causal_encoder=causal).to(dtype)
-    batch = make_batch(CODES, histories, targets, users)
-    tolerance = 1e-5 if dtype is torch.float32 else 1e-12
-    expected_logits = dense_logits(model, CODES, histories, targets, users)
-    for mine, other in zip(model.level_logits(batch, CODES[batch.targets.values]), expected_logits, strict=True):
-        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
-    losses = dense_losses(expected_logits, CODES, targets).mean(0)
-    out = model(batch, Trie.build(CODES))
-    torch.testing.assert_close(out.level_losses, losses, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(out.loss, losses.sum(), rtol=tolerance, atol=tolerance)
+    counts = [1] * len(lengths) if layout == "bidirectional" else counts
+    histories, targets = random_histories(lengths), random_histories(counts, seed=1)
+    model = make_model(CODES, **LAYOUTS[layout]).double()
+    batch = make_batch(histories, targets)
+    before = [
+        row[: len(row) - len(own) + 1 + i] for row, own in zip(histories, targets, strict=True) for i in range(len(own))
+    ]
+    bounds = torch.tensor([0, *(len(set(items)) for items in before)]).cumsum(0)
+    distinct = torch.tensor([item for items in before for item in sorted(set(items))])
+    batch = dataclasses.replace(batch, seen=(bounds[:-1], bounds[1:], distinct))
+    out, (head, levels) = model(batch), dense_losses(model, histories, targets, before)
+    torch.testing.assert_close(out.items, head.to(out.items), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.levels, levels.to(out.levels), rtol=1e-9, atol=1e-9)
+    whole = model.item_loss * head + model.tree_loss * levels.sum()
+    torch.testing.assert_close(out.loss, whole, rtol=1e-9, atol=1e-9)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    theirs = torch.autograd.grad(losses.sum(), parameters)
+    theirs = torch.autograd.grad(whole, parameters)
     for name, mine, other in zip(names, torch.autograd.grad(out.loss, parameters), theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("lengths", [[6, 1, 3], [12]])
-def test_every_position_at_once_is_each_prefix_by_itself(lengths):
+@pytest.mark.parametrize("layout", ["both heads", "TIGER"])
+def test_every_position_at_once_is_each_prefix_by_itself(layout):
     """Target i of a window follows its first i + 1 items: the history of a sample of its own."""
-    sequences = random_histories([length + 1 for length in lengths])
-    model, trie = make_model(SIZES), Trie.build(CODES)
-    joint = make_batch(CODES, [row[:-1] for row in sequences], [row[1:] for row in sequences])
-    joint_logits = model.level_logits(joint, CODES[joint.targets.values])
-    losses, place = [], 0
-    for user, row in enumerate(sequences):
-        for position in range(1, len(row)):
-            alone = make_batch(CODES, [row[:position]], [[row[position]]], [user])
-            for together, separate in zip(joint_logits, model.level_logits(alone, CODES[[row[position]]]), strict=True):
-                torch.testing.assert_close(together[place], separate[0], rtol=1e-5, atol=1e-5)
-            losses.append(model(alone, trie).level_losses)
-            place += 1
-    torch.testing.assert_close(model(joint, trie).level_losses, torch.stack(losses).mean(0), rtol=1e-5, atol=1e-5)
+    sequences, model = random_histories([7, 2, 4]), make_model(CODES, **LAYOUTS[layout]).double()
+    joint = model(make_batch([row[:-1] for row in sequences], [row[1:] for row in sequences]))
+    alone = [model(make_batch([row[:n]], [[row[n]]])) for row in sequences for n in range(1, len(row))]
+    torch.testing.assert_close(joint.loss, torch.stack([loss.loss for loss in alone]).mean())
+    torch.testing.assert_close(joint.levels, torch.stack([loss.levels for loss in alone]).mean(0))
 
 
 def test_a_bidirectional_encoder_takes_one_target():
-    model = make_model(SIZES, causal_encoder=False)
-    batch = make_batch(CODES, [[1, 2]], [[2, 3]])
+    model = make_model(CODES, **LAYOUTS["bidirectional"])
     with pytest.raises(ValueError, match="causal_encoder = True or train.every_position = False"):
-        model(batch, Trie.build(CODES))
+        model(make_batch([[1, 2]], [[2, 3]]))
 
 
-def test_a_single_level_is_a_softmax_over_the_items():
-    codes = torch.tensor([[2], [0], [3]])
-    model, histories, targets = make_model((4,)), [[0, 2], [1]], [[1], [2]]
-    out = model(make_batch(codes, histories, targets), Trie.build(codes))
-    logits = dense_logits(model, codes, histories, targets, [0, 1])
-    torch.testing.assert_close(out.loss, dense_losses(logits, codes, targets).mean(), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_targets_of_weight_0_leave_loss_and_gradients_as_they_were(layout):
+    if layout == "bidirectional":
+        histories, targets, extra = [[1, 2, 3], [5, 6]], [[8], [9]], [[4, 7]]
+    else:
+        histories, targets, extra = [[1, 2, 3], [5, 6]], [[2, 3, 8], [6, 9]], [[4, 7], [3]]
+    model, results = make_model(CODES, **LAYOUTS[layout]).double(), []
+    for fillers in ([], extra):
+        own = [[0] * (1 if layout == "bidirectional" else len(row)) for row in fillers]
+        batch = make_batch(histories + fillers, targets + own)
+        weights = torch.tensor([1.0] * sum(map(len, targets)) + [0.0] * sum(map(len, own)))
+        out = model(dataclasses.replace(batch, target_weights=weights))
+        results.append([out.loss, *torch.autograd.grad(out.loss, list(model.parameters()), allow_unused=True)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_dropout_acts_in_training_only():
-    model, trie = make_model(SIZES, dropout=0.3), Trie.build(CODES)
-    batch = make_batch(CODES, [[1, 2], [3]], [[2, 3], [4]])
-    assert torch.equal(model(batch, trie).loss, model(batch, trie).loss)
+    model, batch = make_model(CODES, dropout=0.3), make_batch([[1, 2], [3]], [[2, 3], [4]])
+    assert torch.equal(model(batch).loss, model(batch).loss)
     model.train()
-    assert not torch.equal(model(batch, trie).loss, model(batch, trie).loss)
+    assert not torch.equal(model(batch).loss, model(batch).loss)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal_encoder": False, "prefix_buckets": 0}])
-def test_what_is_saved_is_loaded_bit_by_bit(tmp_path, options):
-    model, trie = make_model(SIZES, **options), Trie.build(CODES)
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="no head to train"):
+        make_model(CODES, item_loss=0.0, tree_loss=0.0)
+
+
+@pytest.mark.parametrize("layout", ["both heads", "TIGER"])
+def test_what_is_saved_is_loaded_bit_by_bit(tmp_path, layout):
+    options = {**LAYOUTS[layout], "features": 0, "item_parts": ("free",), "node_parts": ("codes",)}
+    model, tree = make_model(CODES, **options), Tree.build(CODES)
+    model.item_share.fill_(0.25)
     model.train().save_pretrained(tmp_path / "new" / "folder")
-    loaded = EncoderDecoderRetrievalModel.from_pretrained(tmp_path / "new" / "folder")
-    assert not loaded.training and loaded.config == model.config and loaded.level_sizes == SIZES
+    loaded = EncoderDecoderRetrievalModel.from_pretrained(tmp_path / "new" / "folder", tree)
+    assert not loaded.training and loaded.config == model.config and float(loaded.item_share) == 0.25
     weights = model.state_dict()
     assert weights.keys() == loaded.state_dict().keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
-    batch = make_batch(CODES, [[1, 2], [3]], [[3], [4]])
-    assert torch.equal(loaded(batch, trie).level_losses, model.eval()(batch, trie).level_losses)
+    batch = make_batch([[1, 2], [3]], [[3], [4]])
+    assert torch.equal(loaded(batch).levels, model.eval()(batch).levels)
+    with pytest.raises(ValueError, match="generates the IDs of tree"):
+        EncoderDecoderRetrievalModel.from_pretrained(tmp_path / "new" / "folder", Tree.build(CODES.flip(0)))
+    config = tmp_path / "new" / "folder" / "config.json"
+    config.write_text(json.dumps({"level_sizes": [3, 3], "prefix_buckets": 64}))
+    with pytest.raises(ValueError, match="earlier version"):
+        EncoderDecoderRetrievalModel.from_pretrained(tmp_path / "new" / "folder", tree)
 
 
-def test_a_trained_model_ranks_what_it_has_seen_first():
+@pytest.mark.parametrize("layout", ["both heads", "TIGER"])
+def test_a_trained_model_ranks_what_it_has_seen_first(layout):
     """The item after n is n + 1: learned from a few walks, found by the search."""
-    torch.manual_seed(0)
-    model = EncoderDecoderRetrievalModel(SIZES, 16, 32, 2, 8, 1, 1, dropout=0.0, user_buckets=5, prefix_buckets=64)
-    trie = Trie.build(CODES)
+    model = make_model(CODES, **LAYOUTS[layout], dim=16, dropout=0.0).train()
     walks = [[(start + step) % N_ITEMS for step in range(6)] for start in range(N_ITEMS)]
-    batch = make_batch(CODES, [walk[:-1] for walk in walks], [walk[1:] for walk in walks])
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    first = float(model(batch, trie).loss.detach())
-    for _ in range(60):
+    batch = make_batch([walk[:-1] for walk in walks], [walk[1:] for walk in walks])
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    first = float(model(batch).loss.detach())
+    for _ in range(200):
         optimizer.zero_grad()
-        loss = model(batch, trie).loss
+        loss = model(batch).loss
         loss.backward()
         optimizer.step()
-    assert float(loss.detach()) < 0.1 * first
-    ranked = beam_search(model.eval(), batch, trie, beams=5)
+    assert float(loss.detach()) < 0.3 * first
+    ranked = beam_search(model.eval(), batch.history, model.vectors(), beams=5).best(0.0, 5)
     assert ranked.items[:, 0].tolist() == [walk[-1] for walk in walks]
-
-
-def test_targets_of_weight_0_leave_loss_and_gradients_as_they_were():
-    codes, sizes = random_catalogue(12, seed=0)
-    trie = Trie.build(codes)
-    model = make_model(sizes).double()
-    results = []
-    for fillers in ([], [[4, 7], []]):
-        batch = make_batch(codes, [[1, 2, 3], [5, 6], *fillers], [[2, 3, 8], [6, 9], *([0] * len(f) for f in fillers)])
-        weights = torch.tensor([1.0] * 5 + [0.0] * sum(map(len, fillers)))
-        losses = model(dataclasses.replace(batch, target_weights=weights), trie)
-        results.append([losses.loss, *losses.level_losses, *torch.autograd.grad(losses.loss, model.parameters())])
-        if not fillers:
-            assert torch.allclose(losses.loss, model(batch, trie).loss)
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)

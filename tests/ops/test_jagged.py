@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.jagged import JaggedTensor, jagged_attention, jagged_prepend, lengths_to_offsets
+from ops.jagged import JaggedTensor, jagged_attention, lengths_to_offsets
 
 lengths_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 HEADS, DIM = 2, 3
@@ -59,26 +59,6 @@ def test_uniform_rows_are_a_matrix():
     jagged = JaggedTensor.uniform(matrix)
     assert torch.equal(torch.stack(split(jagged)), matrix) and jagged.max_length == 4
     assert torch.equal(jagged.to_padded(), matrix)
-
-
-@settings(deadline=None, max_examples=25)
-@given(lengths_strategy)
-def test_prepend_puts_one_value_in_front_of_each_row(lengths):
-    rows, prefix = random_rows(lengths, DIM), torch.randn(len(lengths), DIM, dtype=torch.float64)
-    leaves = [leaf.requires_grad_() for leaf in (prefix, rows.values)]
-    joined = jagged_prepend(prefix, rows)
-    assert joined.max_length == max(lengths) + 1
-    expected = [torch.cat([first[None], rest]) for first, rest in zip(prefix, split(rows), strict=True)]
-    assert all(torch.equal(*pair) for pair in zip(split(joined), expected, strict=True))
-    weights = torch.randn_like(joined.values)
-    grads = [torch.autograd.grad((t * weights).sum(), leaves) for t in (joined.values, torch.cat(expected))]
-    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
-
-
-def test_rows_of_different_dtypes_are_not_joined():
-    rows = random_rows([1, 2], DIM)
-    with pytest.raises(ValueError, match="one dtype, not torch.float32 and torch.float64"):
-        jagged_prepend(torch.zeros(2, DIM), rows)
 
 
 def attention_by_row(query, key, value, bias, key_limits, scale) -> Tensor:

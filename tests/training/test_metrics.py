@@ -8,57 +8,76 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import entropy
+from scipy.stats import bootstrap, entropy
 from sklearn.metrics import ndcg_score
 from sklearn.neighbors import NearestNeighbors
 
-from training.metrics import RankingMetrics, codebook_usage, collisions, neighbour_agreement, target_rank
+from data.schemas import Interactions
+from data.splits import leave_one_out
+from data.utils import SequenceSource
+from ops.jagged import JaggedTensor
+from training import metrics
+from training.metrics import (
+    all_figures,
+    bins,
+    breakdown,
+    codebook_usage,
+    collisions,
+    exact_ranks,
+    gains,
+    neighbour_agreement,
+    occurring,
+    paired_bootstrap,
+    ranking_metrics,
+    task_groups,
+)
 
-N_ITEMS = 12
-rankings_strategy = st.integers(1, N_ITEMS).flatmap(
-    lambda k: st.lists(
-        st.tuples(
-            st.permutations(range(N_ITEMS)).map(lambda row: row[:k]),
-            st.integers(0, N_ITEMS - 1),
-            st.integers(0, k),  # how many were found: the rest is -1
-        ),
-        min_size=1,
-        max_size=12,
-    )
+N_ITEMS = 7
+users_strategy = st.lists(
+    st.tuples(
+        st.lists(st.integers(-2, 2), min_size=N_ITEMS, max_size=N_ITEMS),  # scores, with ties
+        st.integers(0, N_ITEMS - 1),  # target
+        st.lists(st.integers(0, N_ITEMS - 1), max_size=9),  # consumed, with repeats
+    ),
+    min_size=1,
+    max_size=6,
 )
 
 
-def unpack(rankings) -> tuple[list[list[int]], list[int]]:
-    items = [row[:found] + [-1] * (len(row) - found) for row, _, found in rankings]
-    return items, [target for _, target, _ in rankings]
+@settings(deadline=None, max_examples=100)
+@given(users_strategy, st.lists(st.integers(0, N_ITEMS - 1), max_size=4))
+def test_exact_ranks_are_those_of_sorting_with_the_target_last_of_its_equals(users, filler):
+    scores, targets, consumed = (list(column) for column in zip(*users, strict=True))
+    rows = JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in [*consumed, filler]])
+    ranks = exact_ranks(torch.tensor(scores, dtype=torch.float32), torch.tensor(targets), rows)
+    expected = []
+    for row, target, gone in zip(scores, targets, consumed, strict=True):
+        order = sorted(range(N_ITEMS), key=lambda item, row=row, target=target: (-row[item], item == target))
+        new = [item for item in order if item not in gone]
+        expected.append((order.index(target), N_ITEMS if target in gone else new.index(target)))
+    assert torch.stack(ranks, 1).tolist() == [list(pair) for pair in expected]
+    assert all(own.dtype == torch.int64 for own in ranks)
 
 
-def by_definition(items: list[list[int]], targets: list[int], k: int) -> tuple[float, float]:
-    """Recall: relevant items retrieved over relevant items. NDCG: DCG over the DCG of the best ranking."""
-    recalls, ndcgs = [], []
-    for row, target in zip(items, targets, strict=True):
-        relevance = [int(item == target) for item in row[:k]]
-        recalls.append(sum(relevance) / 1)
-        gain = sum(rel / math.log2(place + 1) for place, rel in enumerate(relevance, start=1))
-        ndcgs.append(gain / (1 / math.log2(1 + 1)))
-    return sum(recalls) / len(targets), sum(ndcgs) / len(targets)
+@pytest.mark.parametrize(("score", "rank"), [(float("nan"), 3), (float("-inf"), 3), (float("inf"), 1)])
+def test_scores_that_are_not_finite_are_never_in_favour_of_the_target(score, rank):
+    scores = torch.tensor([[1.0, score, 2.0, float("inf")]])
+    none = JaggedTensor(torch.zeros(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 0)
+    assert [int(own) for own in exact_ranks(scores, torch.tensor([1]), none)] == [rank, rank]
 
 
 @settings(deadline=None, max_examples=50)
-@given(rankings_strategy, st.sets(st.integers(1, 15), min_size=1, max_size=4), st.data())
-def test_recall_and_ndcg_are_those_of_their_definitions_in_any_batches(rankings, ks, data):
-    items, targets = unpack(rankings)
-    metrics = RankingMetrics(tuple(ks))
-    metrics.update(torch.tensor(items), torch.tensor(targets), torch.zeros(len(targets), dtype=torch.bool))  # no one
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(targets)), max_size=3)) | {0, len(targets)})
-    for start, end in zip(cuts, cuts[1:], strict=False):
-        metrics.update(torch.tensor(items[start:end]), torch.tensor(targets[start:end]))
-    result = metrics.compute()
-    assert set(result) == {f"{name}@{k}" for name in ("recall", "ndcg") for k in ks}
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=12), st.sets(st.integers(1, 15), min_size=1, max_size=4))
+def test_the_figures_are_those_of_their_definitions(ranks, ks):
+    result = ranking_metrics(torch.tensor(ranks), tuple(ks))
+    assert set(result) == {f"{name}@{k}" for name in ("recall", "ndcg") for k in ks} | {"mrr"}
     for k in ks:
-        recall, ndcg = by_definition(items, targets, k)
-        assert result[f"recall@{k}"] == pytest.approx(recall, abs=1e-12)
-        assert result[f"ndcg@{k}"] == pytest.approx(ndcg, abs=1e-12)
+        found = [rank + 1 for rank in ranks if rank + 1 <= k]
+        assert result[f"recall@{k}"] == pytest.approx(len(found) / len(ranks), abs=1e-12)
+        gain = sum(1 / math.log2(place + 1) for place in found)
+        assert result[f"ndcg@{k}"] == pytest.approx(gain / len(ranks), abs=1e-12)
+    reciprocal = sum(1 / (rank + 1) for rank in ranks if rank < max(ks))
+    assert result["mrr"] == pytest.approx(reciprocal / len(ranks), abs=1e-12)
 
 
 @pytest.mark.parametrize("k", [1, 3, 10])
@@ -66,25 +85,78 @@ def test_ndcg_is_that_of_sklearn(k):
     generator = np.random.default_rng(0)
     relevance = np.eye(50)[generator.integers(0, 50, 40)]
     scores = generator.normal(size=(40, 50)) + 2 * relevance
-    order = np.argsort(-scores, axis=1)[:, :20].copy()
-    metrics = RankingMetrics((k,))
-    metrics.update(torch.tensor(order), torch.tensor(relevance.argmax(1)))
+    none = JaggedTensor(torch.zeros(0, dtype=torch.int64), torch.zeros(41, dtype=torch.int64), 0)
+    ranks, _ = exact_ranks(torch.tensor(scores), torch.tensor(relevance.argmax(1)), none)
     expected = ndcg_score(relevance, scores, k=k)
     assert 0.1 < expected < 0.9
-    assert metrics.compute()[f"ndcg@{k}"] == pytest.approx(expected, abs=1e-12)
-
-
-@settings(deadline=None, max_examples=25)
-@given(rankings_strategy)
-def test_the_rank_is_the_place_in_the_list(rankings):
-    items, targets = unpack(rankings)
-    expected = [row.index(t) if t in row else len(row) for row, t in zip(items, targets, strict=True)]
-    assert target_rank(torch.tensor(items), torch.tensor(targets)).tolist() == expected
+    assert ranking_metrics(ranks, (k,))[f"ndcg@{k}"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_nothing_to_evaluate_is_refused():
     with pytest.raises(ValueError, match="the split is empty"):
-        RankingMetrics((5,)).compute()
+        ranking_metrics(torch.zeros(0, dtype=torch.int64), (5,))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 30)), min_size=1, max_size=20))
+def test_a_breakdown_has_the_figures_of_each_group_alone(users):
+    ranks, lengths = (torch.tensor(column) for column in zip(*users, strict=True))
+    groups = bins(lengths, (1, 2, 6, 21))
+    found = breakdown(ranks, groups, 5)
+    expected = {"1": range(1, 2), "2-5": range(2, 6), "6-20": range(6, 21), "21+": range(21, 31)}
+    assert list(groups) == list(expected)
+    for name, members in expected.items():
+        own = [rank for rank, length in users if length in members]
+        if own:
+            figures = ranking_metrics(torch.tensor(own), (5,))
+            assert found.pop(name) == pytest.approx(
+                {"users": len(own), "recall@5": figures["recall@5"], "ndcg@5": figures["ndcg@5"]}
+            )
+    assert not found
+
+
+def test_tasks_are_grouped_by_their_target_and_their_history_and_all_figures_are_flat():
+    rows = [[0, 1, 2, 0], [1, 1, 1, 1, 1, 1, 0, 1], [2, 1, 3]]  # training: [0, 1], [1] * 6, [2]
+    offsets = torch.tensor([0, 4, 12, 15])
+    interactions = Interactions(torch.tensor(sum(rows, []), dtype=torch.int32), offsets)
+    splits = leave_one_out(interactions)
+    source = SequenceSource(interactions, splits.test, 5, torch.device("cpu"))
+    groups = task_groups(source, splits.train_lengths, 5)
+    names = [{name for name, group in groups[kind].items() if group[user]} for kind in groups for user in range(3)]
+    assert names == [{"1-5"}, {"6-20"}, {"0"}, {"1-5"}, {"6-10"}, {"1-5"}]  # targets 0, 1, 3; 3, 7, 2 items before
+    ranks = {"most_popular": {"all": torch.tensor([0, 3, 9]), "new": torch.tensor([5, 5, 1])}}
+    figures = all_figures(ranks, groups, (1, 2), 5)
+    assert (figures["users"], figures["unseen_targets"], figures["consumed_targets"]) == (3, 1, 2)
+    assert figures["most_popular/all/recall@1"] == pytest.approx(1 / 3)
+    assert figures["most_popular/new/mrr"] == pytest.approx(1 / 6)
+    assert figures["most_popular/new/target_in_training/0/recall@10"] == 1.0
+    assert figures["most_popular/all/history/1-5/users"] == 2
+
+
+def test_the_interval_and_the_share_are_those_of_scipys_paired_bootstrap(monkeypatch):
+    monkeypatch.setattr(metrics, "DRAWS", 5000)  # several chunks
+    a, b = torch.randint(0, 15, (2, 300)), torch.randint(0, 15, (300,)).expand(2, -1)
+    a = torch.where(torch.rand(a.shape) < 0.5, b, a)  # two runs each
+    found = paired_bootstrap(a, b, 10)
+    assert found == paired_bootstrap(a, b, 10)
+    for name, own, other in zip(("recall@10", "ndcg@10"), gains(a, 10), gains(b, 10), strict=True):
+        difference = (own - other).mean(0).numpy()
+        drawn = bootstrap((difference,), np.mean, n_resamples=10_000, method="percentile", rng=0)
+        noise = drawn.standard_error / 10
+        assert found[name]["difference"] == pytest.approx(difference.mean(), abs=1e-12)
+        assert found[name]["low"] == pytest.approx(drawn.confidence_interval.low, abs=noise)
+        assert found[name]["high"] == pytest.approx(drawn.confidence_interval.high, abs=noise)
+        share = (drawn.bootstrap_distribution <= 0).mean()
+        assert found[name]["not_better"] == pytest.approx(share, abs=0.02)
+    assert paired_bootstrap(b[0], b[0], 10)["ndcg@10"] == {"difference": 0, "low": 0, "high": 0, "not_better": 1}
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.lists(st.integers(-1, 8), min_size=3, max_size=3), max_size=5))
+def test_items_that_occur_are_those_in_the_lists(lists):
+    found = occurring(torch.tensor(lists, dtype=torch.int64).view(-1, 3), 9)
+    assert found.nonzero().flatten().tolist() == sorted({item for row in lists for item in row} - {-1})
+    assert found.shape == (9,) and found.dtype == torch.bool
 
 
 codes_strategy = st.integers(1, 3).flatmap(

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from data.schemas import Samples
-from data.utils import SequenceSource, tokenize
-from modules.generation.trie import Trie
+from data.utils import SequenceSource
 from tests.data.test_utils import to_interactions
 from tests.modules.helpers import make_model as make_retriever
 from tests.modules.helpers import random_catalogue
@@ -74,16 +73,15 @@ def test_recorded_passes_give_the_losses_and_gradients_of_called_ones(clear):
 
 def training_steps(device: torch.device, recorded: bool) -> list[torch.Tensor]:
     """Losses and gradients of the retriever over some steps with dropout, as train_decoder.py makes them."""
-    codes, sizes = random_catalogue(30, seed=1)
+    codes, _ = random_catalogue(30, seed=1)
     rows = [[(7 * user + n) % 30 for n in range(2 + user % 6)] for user in range(20)]
     last = torch.tensor([len(row) - 1 for row in rows])
     samples = Samples(torch.arange(20), last, torch.zeros_like(last))
     source = SequenceSource(to_interactions(rows), samples, 5, device, every_position=True)
-    model = make_retriever(sizes, dropout=0.1, head_dim=16).to(device).train()
-    trie = Trie.build(codes).to(device)
+    model = make_retriever(codes, dropout=0.1, head_dim=16, device=device).train()
 
     def passes(size: int, index: torch.Tensor) -> torch.Tensor:
-        loss = model(tokenize(source.device_batch(index, None, size, fillers=12), trie.item_codes), trie).loss
+        loss = model(source.device_batch(index, None, size, fillers=12)).loss
         loss.backward()
         return loss.detach()
 

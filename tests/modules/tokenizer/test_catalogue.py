@@ -1,11 +1,21 @@
-"""Codes of whole catalogues: only colliding items move, to near codes, wherever the features lie."""
+"""Codes and features of whole catalogues: only colliding items move, to near codes, wherever the features lie."""
 
 import numpy as np
 import pytest
 import torch
 
+from data.corpus import Corpus
+from data.features import ItemFeatures
+from data.schemas import Interactions
 from modules.rqvae import RqVae
-from modules.tokenizer.catalogue import catalogue_codes, load_or_make_ids, reconstruction_error
+from modules.tokenizer.catalogue import (
+    Described,
+    catalogue_codes,
+    encoder_features,
+    load_or_make_ids,
+    reconstruction_error,
+)
+from modules.tokenizer.semids import SemanticIds, features_digest, load_item_features
 from training.metrics import collisions
 
 
@@ -45,6 +55,34 @@ def test_features_may_be_a_file_read_in_chunks(tmp_path, batch_size):
     assert torch.equal(catalogue_codes(model, mapped, batch_size), catalogue_codes(model, x))
 
 
+@pytest.mark.parametrize("options", [{}, {"standardize": "column", "n_cat_features": 2}, {"standardize": "none"}])
+@pytest.mark.parametrize("batch_size", [7, 300, 65536])
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4, 5], [1, 4, 5]])
+def test_features_are_those_the_encoder_sees(tmp_path, options, batch_size, chosen):
+    model, x = make(**options)
+    columns = np.isin(np.arange(6), chosen)
+    fitted = 6 - options.get("n_cat_features", 0)
+    expected = x.double().clone()
+    if options.get("standardize") != "none":
+        expected[:, :fitted] -= expected[:, :fitted].mean(0)
+        square = expected[:, :fitted].square().mean(0)
+        expected[:, :fitted] /= (square if options else square.mean()).sqrt()
+    for path in (None, tmp_path / "features.npy"):
+        values = encoder_features(model, x, columns, path, batch_size)
+        assert values.dtype == np.float16 and values.shape == (300, len(chosen))
+        np.testing.assert_allclose(values, expected[:, chosen].numpy(), rtol=2**-10, atol=1e-5)
+    assert np.array_equal(np.load(path), values) and [*tmp_path.iterdir()] == [path], "nothing else is left"
+    assert encoder_features(model, x, np.zeros(6, bool), path) is None
+    assert not [*tmp_path.iterdir()], "no features, no file"
+
+
+def test_features_beyond_float16_are_refused():
+    model, x = make(standardize="none")
+    x[17, 3] = 65520
+    with pytest.raises(ValueError, match="features of item 17 reach beyond 65504"):
+        encoder_features(model, x, np.ones(6, bool), batch_size=10)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 33, 64])
 def test_rounding_does_not_order_items_with_equal_features(batch_size):
     for seed in range(5):
@@ -75,3 +113,23 @@ def test_the_error_of_codes_is_that_of_decoding_them():
 def test_a_checkpoint_without_ids_needs_features():
     with pytest.raises(ValueError, match="set train.features"):
         load_or_make_ids("old.pt", None, None, None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("chosen", [[], [0, 3], [0, 1, 2, 3, 4, 5]])
+def test_ids_made_of_features_come_with_those_that_describe_the_items(tmp_path, chosen):
+    model, x = make()
+    model.save_pretrained(tmp_path)
+    keys = [f"i{n}" for n in range(len(x))]
+    interactions = Interactions(torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1]))
+    corpus = Corpus.build("tiny", interactions, keys, ["u"], keys, [[]] * len(x))
+    features = ItemFeatures(x.numpy(), 0, "some source", ~np.isin(np.arange(6), chosen))
+    ids, seen = load_or_make_ids(tmp_path, None, corpus, lambda: Described(features, "a split"), torch.device("cpu"))
+    assert torch.equal(ids.codes[:, :3], catalogue_codes(model, x)), "all columns make the IDs"
+    assert (ids.tokenizer["features"], ids.tokenizer["split"]) == ("some source", "a split")
+    if chosen:
+        np.testing.assert_allclose(seen, model.normalized(x)[:, chosen], rtol=2**-10, atol=1e-5)
+        assert ids.tokenizer["item_features"] == features_digest(seen)
+    else:
+        assert seen is None
+        ids.save(tmp_path / "semantic_ids.safetensors")
+        assert load_item_features(tmp_path, None, SemanticIds.load(tmp_path)) is None

@@ -3,13 +3,20 @@
 import dataclasses
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modules.tokenizer.semids import SemanticIds, lexicographic_order, rank_within_equal
+from modules.tokenizer.semids import (
+    SemanticIds,
+    features_digest,
+    lexicographic_order,
+    load_item_features,
+    rank_within_equal,
+)
 
 rows_strategy = st.integers(1, 3).flatmap(
     lambda levels: st.lists(st.tuples(*[st.integers(0, 2)] * levels), min_size=1, max_size=40)
@@ -134,3 +141,48 @@ def test_lexicographic_order_is_that_of_sorted_tuples(rows, wide):
         rows = [tuple(min(code, 6) for code in row) for row in rows]
     expected = sorted(range(len(rows)), key=lambda n: rows[n])
     assert lexicographic_order(torch.tensor(rows, dtype=torch.int64).view(-1, 3)).tolist() == expected
+
+
+def with_features(folder, n_items: int = 5) -> tuple[SemanticIds, np.ndarray]:
+    """IDs in a tokenizer folder of a run, with features beside them."""
+    values = np.arange(n_items * 3, dtype=np.float16).reshape(n_items, 3)
+    semantic_ids = make(tokenizer={"item_features": features_digest(values)})
+    semantic_ids.save(folder / "tokenizer" / "semantic_ids.safetensors")
+    np.save(folder / "tokenizer" / "features.npy", values)
+    return semantic_ids, values
+
+
+@pytest.mark.parametrize("place", ["", "tokenizer", "tokenizer/semantic_ids.safetensors"])
+def test_features_are_mapped_from_beside_the_ids(tmp_path, place):
+    semantic_ids, expected = with_features(tmp_path)
+    values = load_item_features(tmp_path / place, None, SemanticIds.load(tmp_path / place))
+    assert isinstance(values, np.memmap) and values.dtype == np.float16
+    np.testing.assert_array_equal(values, expected)
+    values[:] = 0
+    np.testing.assert_array_equal(load_item_features(tmp_path / place, None, semantic_ids), expected)
+    assert load_item_features(tmp_path / place, None, make()) is None, "as IDs that were written without them"
+
+
+def test_features_that_do_not_belong_to_the_ids_are_refused(tmp_path):
+    semantic_ids, values = with_features(tmp_path)
+    file = tmp_path / "tokenizer" / "features.npy"
+    for other in (values[:4], values + 1, values[:, :2], values.astype(np.float32)):
+        np.save(file, other)
+        with pytest.raises(ValueError, match=f"features of {len(other)} items .*'{tmp_path}'.* of 5 items") as raised:
+            load_item_features(tmp_path, None, semantic_ids)
+        assert features_digest(values) in str(raised.value) and features_digest(other) in str(raised.value)
+    for damaged in (b"", file.read_bytes()[:-1], b"no array, but longer than a header"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="features.npy can't be read"):
+            load_item_features(tmp_path, None, semantic_ids)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="features.npy is missing"):
+        load_item_features(tmp_path, None, semantic_ids)
+
+
+@pytest.mark.parametrize("n", [5, 3000])
+def test_the_digest_tells_features_apart(n):
+    values = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float16)
+    others = [values * 2, values[:-1], values[::-1], values[:, ::-1], values.reshape(-1, 2), values.astype("f4")]
+    assert len({features_digest(some) for some in (values, *others)}) == 7
+    assert features_digest(np.asfortranarray(values)) == features_digest(values)

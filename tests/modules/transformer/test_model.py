@@ -14,7 +14,7 @@ LENGTHS, LAYERS = [7, 1, 150, 4], 2
 
 def make(causal: bool) -> tuple[Encoder, Decoder]:
     """With noise for all weights, in evaluation mode."""
-    stacks = Encoder(CONFIG, LAYERS, causal).double().eval(), Decoder(CONFIG, LAYERS).double().eval()
+    stacks = Encoder(CONFIG, LAYERS, causal, drop_output=True).double().eval(), Decoder(CONFIG, LAYERS).double().eval()
     with torch.no_grad():
         for stack in stacks:
             for parameter in stack.parameters():

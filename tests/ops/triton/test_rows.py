@@ -48,18 +48,6 @@ def test_padding_and_back(lengths, shape, slack):
     )
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5), shapes)
-def test_rows_are_joined(pairs, shape):
-    lengths = [list(column) for column in zip(*pairs, strict=True)]
-    offsets, longest = [make_offsets(column) for column in lengths], [max(column) for column in lengths]
-    agree(
-        lambda a, b: rows.concat_rows(a, b, *offsets, *longest),
-        lambda a, b: reference.jagged_concat(a, b, *offsets),
-        *(torch.randn(sum(column), *shape, device=DEVICE) for column in lengths),
-    )
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int64, torch.int32, torch.bool])
 def test_any_dtype_moves(dtype):
     offsets = make_offsets([3, 0, 2])
@@ -78,5 +66,3 @@ def test_registered_for_compile():
     padded = torch.randn(3, 4, 2, device=DEVICE, requires_grad=True)
     torch.library.opcheck(rows.jagged_to_padded, (values, offsets, 4, 1.0))
     torch.library.opcheck(rows.padded_to_jagged, (padded, offsets, 5))
-    others = torch.randn(5, 4, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(rows.concat_rows, (values, others, offsets, offsets, 3, 3))

@@ -1,9 +1,7 @@
-"""Log-probabilities over the children of trie nodes, and the best children of all nodes of a user.
+"""Logits of the children of a tree's nodes, and the best children of all nodes of a user. Without gradient.
 
-    p[r, j] = logits[r, c(j)] - log sum_i exp(logits[r, c(i)]),   c(j) = code[first[node[r]] + j],   0 <= j < children
-
-They read the logits and codes of the children alone, however many nodes there are. Without gradient: only generation
-looks at all children.
+The logits are products of a query with the vectors of a node's children alone, however many nodes there are. They lie
+in memory between both kernels: so each node has a program that reads its vectors, and a user's choice starts with all.
 
 The best are chosen in one program a user, which keeps the scores of all children in registers. By bisection over the
 integers that order floats it looks for a bound that `count` of them or somewhat more pass, writes those to memory, and
@@ -15,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # children that a program looks at together, of one row or of several
-MAX_ROWS = 64  # of a program
+TILE = 8192  # numbers of vectors that a program reads at a time
 MAX_CHILDREN = 16384  # among which a program chooses: nodes times children a node, each up to a power of two
 MAX_CHOSEN = 128  # of them
 PER_WARP = 512  # children that a warp keeps, while 16 warps suffice
@@ -24,63 +21,46 @@ LOWEST = tl.constexpr(-(2**31))  # of no child
 
 
 @triton.jit
-def _scores(logits, code, start, child, exists):
-    """Logits of children, in rows that start there, -inf where there are none. float32, as `child`."""
-    number = tl.load(code + child, mask=exists, other=0).to(tl.int32)
-    return tl.load(logits + (start + number), mask=exists, other=-float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _kernel(
-    logits, first_child, code, nodes, out, n_rows, width, fanout,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
-):  # fmt: skip
-    """ONCE: a block holds all children of a node, so that they are read once."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(row, n_rows - 1)[:, None]  # what is left of the last program repeats the last row
+def _logits_kernel(
+    query, vectors, first_child, nodes, out, n_sharing, width, fanout, BLOCK: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """out[row, j] = query[row // n_sharing] . vectors[first_child[nodes[row]] + j], or -inf where no child is."""
+    row = tl.program_id(0).to(tl.int64)
     node = tl.load(nodes + row)
     first = tl.load(first_child + node)
     children = tl.load(first_child + node + 1) - first
-    place = tl.arange(0, BLOCK)[None, :]
-    if ONCE:
-        score = _scores(logits, code, row * width, first + place, place < children)
-        highest = tl.max(score, 1)[:, None]
-        normalizer = highest + tl.log(tl.sum(tl.exp(score - highest), 1))[:, None]
-        score = tl.where(place < children, score - normalizer, -float("inf"))
-        tl.store(out + row * fanout + place, score, mask=place < fanout)
-    else:
-        highest = tl.full([ROWS], -float("inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, fanout, BLOCK):
-            score = _scores(logits, code, row * width, first + start + place, start + place < children)
-            above = tl.maximum(highest, tl.max(score, 1))
-            shift = tl.where(above == -float("inf"), 0.0, above)  # where no child has been seen
-            total = total * tl.exp(highest - shift) + tl.sum(tl.exp(score - shift[:, None]), 1)
-            highest = above
-        normalizer = (highest + tl.log(total))[:, None]
-        for start in range(0, fanout, BLOCK):
-            score = _scores(logits, code, row * width, first + start + place, start + place < children)
-            score = tl.where(start + place < children, score - normalizer, -float("inf"))
-            tl.store(out + row * fanout + start + place, score, mask=start + place < fanout)
+    column = tl.arange(0, COLUMNS)
+    inside = column < width
+    q = tl.load(query + row // n_sharing * width + column, mask=inside, other=0.0).to(tl.float32)
+    out += row * fanout
+    for start in range(0, children, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        at = (first + place).to(tl.int64)[:, None] * width + column[None, :]
+        v = tl.load(vectors + at, mask=(place < children)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        tl.store(out + place, tl.sum(v * q[None, :], 1), mask=place < children)
+    for start in range(children, fanout, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        tl.store(out + place, tl.full([BLOCK], -float("inf"), tl.float32), mask=place < fanout)
 
 
-@torch.library.custom_op("retrieval::child_log_probs", mutates_args=())
-def child_log_probs(logits: Tensor, first_child: Tensor, code: Tensor, nodes: Tensor, fanout: int) -> Tensor:
-    """See `ops.trie.child_log_probs`; without gradients."""
-    logits, nodes = logits.contiguous(), nodes.contiguous()
-    out = torch.empty(*nodes.shape, fanout, dtype=torch.float32, device=logits.device)
+@torch.library.custom_op("retrieval::child_logits", mutates_args=())
+def child_logits(query: Tensor, vectors: Tensor, first_child: Tensor, nodes: Tensor, fanout: int) -> Tensor:
+    """[B, K, fanout] float32, from the arguments of `ops.tree.child_log_probs`."""
+    query, vectors, nodes = query.contiguous(), vectors.contiguous(), nodes.contiguous()
+    out = torch.empty(*nodes.shape, fanout, dtype=torch.float32, device=query.device)
     if n_rows := nodes.numel():
-        block = min(triton.next_power_of_2(fanout), TILE)
-        rows = min(TILE // block, MAX_ROWS)
-        _kernel[(triton.cdiv(n_rows, rows),)](
-            logits, first_child, code, nodes, out, n_rows, logits.shape[-1], fanout, rows, block, fanout <= block
-        )
+        columns = triton.next_power_of_2(query.shape[-1])
+        block = min(max(TILE // columns, 1), triton.next_power_of_2(fanout))
+        _logits_kernel[(n_rows,)](
+            query, vectors, first_child, nodes, out, nodes.shape[1] // query.shape[1], query.shape[-1], fanout,
+            block, columns,
+        )  # fmt: skip
     return out
 
 
-@child_log_probs.register_fake
-def _(logits, first_child, code, nodes, fanout):
-    return logits.new_empty(*nodes.shape, fanout, dtype=torch.float32)
+@child_logits.register_fake
+def _(query, vectors, first_child, nodes, fanout):
+    return query.new_empty(*nodes.shape, fanout, dtype=torch.float32)
 
 
 @triton.jit
@@ -90,10 +70,9 @@ def _ordered(bits):
 
 
 @triton.jit
-def _best_kernel(
-    logits, scores, first_child, code, nodes, left_out, passing, best, parents, children_out,
-    width, n_nodes, fanout, count,
-    CHUNKS: tl.constexpr, NODES: tl.constexpr, LANES: tl.constexpr, ROOM: tl.constexpr, LEAVES_OUT: tl.constexpr,
+def _choose_kernel(
+    logits, scores, first_child, nodes, dead, passing, best, parents, children_out, n_nodes, fanout, count,
+    CHUNKS: tl.constexpr, NODES: tl.constexpr, LANES: tl.constexpr, ROOM: tl.constexpr, SPARES: tl.constexpr,
 ):  # fmt: skip
     """Blocks are [CHUNKS, NODES, LANES]: a warp has whole nodes, where there are enough, and a thread some of their
     children."""
@@ -101,25 +80,20 @@ def _best_kernel(
     nodes += user * n_nodes
     number = tl.arange(0, NODES)[None, :, None]
     row = tl.minimum(number, n_nodes - 1)
-    node = tl.load(nodes + row)
-    first = tl.load(first_child + node)
-    children = tl.load(first_child + node + 1) - first
     place = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    exists = (number < n_nodes) & (place < fanout)
+    position = number * fanout + place
     # Addresses have one dimension, in which all compilers take the same neighbours for a warp.
     SIZE: tl.constexpr = CHUNKS * NODES * LANES
-    there = tl.reshape(place < children, [SIZE])
-    code_at = tl.reshape(first + place, [SIZE])
-    logits_at = tl.reshape(row * width + place * 0, [SIZE])
-    score = _scores(logits + user * n_nodes * width, code, logits_at, code_at, there)
+    at = tl.reshape(row * fanout + place, [SIZE])
+    there = tl.reshape((place < fanout) & (number >= 0), [SIZE])
+    score = tl.load(logits + user * n_nodes * fanout + at, mask=there, other=-float("inf"))
     score = tl.reshape(score, [CHUNKS, NODES, LANES])
     highest = tl.max(tl.max(score, 0), 1)[None, :, None]
     normalizer = highest + tl.log(tl.sum(tl.sum(tl.exp(score - highest), 0), 1))[None, :, None]
     score += tl.load(scores + user * n_nodes + row) - normalizer
-    exists = (number < n_nodes) & (place < fanout)
-    position = number * fanout + place
-    if LEAVES_OUT:
-        at = tl.reshape(position, [SIZE])
-        out = tl.load(left_out + user * n_nodes * fanout + at, mask=tl.reshape(exists, [SIZE]), other=0)
+    if SPARES:
+        out = tl.load(dead + user * n_nodes * fanout + at, mask=there, other=0)
         score = tl.where(tl.reshape(out, [CHUNKS, NODES, LANES]) != 0, -float("inf"), score)
     key = tl.where(exists, tl.maximum(_ordered(score.to(tl.int32, bitcast=True)), LOWEST + 1), LOWEST)
 
@@ -164,27 +138,18 @@ def _best_kernel(
 
 
 def chooses(n_nodes: int, fanout: int, count: int) -> bool:
-    """Whether `best_children` takes so many."""
+    """Whether `choose_children` takes so many."""
     tile = triton.next_power_of_2(n_nodes) * triton.next_power_of_2(fanout)
     return tile <= MAX_CHILDREN and count <= MAX_CHOSEN
 
 
-@torch.library.custom_op("retrieval::best_children", mutates_args=())
-def best_children(
-    logits: Tensor,
-    scores: Tensor,
-    first_child: Tensor,
-    code: Tensor,
-    nodes: Tensor,
-    fanout: int,
-    count: int,
-    left_out: Tensor | None = None,
+@torch.library.custom_op("retrieval::choose_children", mutates_args=())
+def choose_children(
+    logits: Tensor, scores: Tensor, first_child: Tensor, nodes: Tensor, count: int, dead: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.trie.best_children`; where `chooses` allows."""
-    logits, scores, nodes = logits.contiguous(), scores.contiguous(), nodes.contiguous()
-    users, n_nodes = nodes.shape
-    if not 1 <= count <= n_nodes * fanout:
-        raise ValueError(f"best_children with count = {count} takes 1 to {n_nodes} x {fanout}, nodes times children.")
+    """`ops.tree.best_children` from the logits of `child_logits`; where `chooses` allows."""
+    scores, nodes = scores.contiguous(), nodes.contiguous()
+    users, n_nodes, fanout = logits.shape
     block, lanes = triton.next_power_of_2(fanout), min(triton.next_power_of_2(fanout), 32)
     tile = block // lanes, triton.next_power_of_2(n_nodes), lanes
     room = triton.next_power_of_2(count + count // 4)
@@ -194,15 +159,15 @@ def best_children(
     parents = torch.empty(users, count, dtype=torch.int64, device=nodes.device)
     children = torch.empty(users, count, dtype=torch.int32, device=nodes.device)
     if users:
-        left_out = left_out.contiguous() if left_out is not None else None
-        _best_kernel[(users,)](
-            logits, scores, first_child, code, nodes, left_out, passing, best, parents, children,
-            logits.shape[-1], n_nodes, fanout, count, *tile, room, left_out is not None, num_warps=warps,
+        dead = dead.contiguous() if dead is not None else None
+        _choose_kernel[(users,)](
+            logits, scores, first_child, nodes, dead, passing, best, parents, children, n_nodes, fanout, count,
+            *tile, room, dead is not None, num_warps=warps,
         )  # fmt: skip
     return best, parents, children
 
 
-@best_children.register_fake
-def _(logits, scores, first_child, code, nodes, fanout, count, left_out=None):
+@choose_children.register_fake
+def _(logits, scores, first_child, nodes, count, dead=None):
     best = scores.new_empty(len(nodes), count, dtype=torch.float32)
     return best, torch.empty_like(best, dtype=torch.int64), torch.empty_like(best, dtype=torch.int32)

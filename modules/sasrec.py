@@ -1,0 +1,78 @@
+"""SASRec (Kang and McAuley 2018), the baseline of sequential recommendation, without padding."""
+
+import gin
+import torch
+from torch import Tensor, nn
+
+from data.schemas import SeqBatch
+from ops.cross_entropy import linear_cross_entropy
+from ops.jagged import JaggedTensor, jagged_attention, row_indices
+from ops.sums import take_rows
+
+
+class Block(nn.Module):
+    """Causal self-attention, then feed-forward, both pre-normalized residual branches."""
+
+    def __init__(self, dim: int, n_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads, self.head_dim = n_heads, dim // n_heads
+        self.attention_norm, self.ff_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.query_key_value, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        wide, narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.ff = nn.Sequential(wide, nn.GELU(), nn.Dropout(dropout), narrow)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: JaggedTensor) -> JaggedTensor:
+        """values [T, dim] -> [T, dim]."""
+        packed = self.query_key_value(self.attention_norm(x.values)).view(-1, 3, self.n_heads, self.head_dim)
+        attended = jagged_attention(x.with_values(packed), causal=True, scale=self.head_dim**-0.5).values
+        hidden = x.values + self.dropout(self.out(attended.flatten(1)))
+        return x.with_values(hidden + self.dropout(self.ff(self.ff_norm(hidden))))
+
+
+@gin.configurable
+class SasRec(nn.Module):
+    """A causal transformer over item vectors, which score the next item as well: score = state . vectors[item].
+
+    Unlike the paper's it is trained by a softmax over all items, which is known to be stronger (Klenitskiy and Vasilev
+    2023), and positions are counted from the end of the history, so that the newest item always has the same one.
+
+    n_items: N. max_items: longest history. dim: of the vectors and the residual stream. dropout: of the embeddings, of
+    every residual branch and of the feed-forward's hidden layer.
+    vectors: [N, dim].
+    """
+
+    def __init__(
+        self, n_items: int, max_items: int, dim: int = 256, n_layers: int = 2, n_heads: int = 2, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        if dim % n_heads:
+            raise ValueError(f"SasRec.dim = {dim} must be a multiple of SasRec.n_heads = {n_heads}.")
+        self.vectors = nn.Parameter(torch.empty(n_items, dim))
+        self.positions = nn.Parameter(torch.empty(max_items, dim))  # row 0: of the newest item
+        self.blocks = nn.ModuleList(Block(dim, n_heads, dropout) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.vectors, std=0.02)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def states(self, history: JaggedTensor) -> Tensor:
+        """What is known after each item: rows of item ids, values [T] -> [T, dim]."""
+        total = len(history.values)
+        rows = row_indices(history.offsets, total)
+        from_end = history.offsets[rows + 1] - 1 - torch.arange(total, device=rows.device)
+        embedded = take_rows(self.vectors, history.values) + take_rows(self.positions, from_end)
+        x = history.with_values(self.dropout(embedded))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x.values)
+
+    def state(self, history: JaggedTensor) -> Tensor:
+        """What is known after the last item of each row: [B, dim]. Of an empty row it means nothing."""
+        return self.states(history)[history.offsets[1:] - 1]
+
+    def forward(self, batch: SeqBatch) -> Tensor:
+        """Mean over the targets of -log p(item), in nats: []. Every item of the histories has a target."""
+        targets, weights = batch.targets.values, batch.target_weights
+        weights = torch.ones(len(targets), device=targets.device) if weights is None else weights
+        return linear_cross_entropy(self.states(batch.history), self.vectors, targets, weights) / weights.sum()

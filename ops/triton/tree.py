@@ -1,0 +1,163 @@
+"""Cross-entropy over the children of a tree's nodes, whose logits are products of a query with their vectors.
+
+Forward, a program reads the vectors of one target's siblings once: the softmax runs along, and so does the mean of the
+vectors under it, from which the query's gradient follows. Backward, a program owns a block of children. The targets
+are sorted by parent, so those whose parents have children in the block lie together, and what they add is summed in
+that order, by matrix products.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 8192  # numbers of vectors that a program reads at a time
+CHILDREN = 16  # of a program of the backward pass
+
+
+@triton.jit
+def _forward(
+    query, vectors, first_child, parents, targets, losses, normalizers, pulls,
+    parent_stride, target_stride, width, smoothing,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SMOOTHS: tl.constexpr,
+):  # fmt: skip
+    """wanted = (1 - smoothing) v[target] + smoothing mean_c v[c], normalizer = log(sum_c exp(q . v[c])),
+    loss = normalizer - q . wanted, pull = dloss / dq = sum_c exp(q . v[c] - normalizer) v[c] - wanted."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    inside = column < width
+    parent = tl.load(parents + row * parent_stride)
+    first, end = tl.load(first_child + parent), tl.load(first_child + parent + 1)
+    target = tl.load(targets + row * target_stride).to(tl.int64)
+    q = tl.load(query + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(vectors + target * width + column, mask=inside, other=0.0).to(tl.float32)
+    highest = tl.full([], -3e38, tl.float32)  # finite, so that it can be subtracted
+    total = tl.zeros([], tl.float32)
+    weighted, plain = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    for start in range(first, end, BLOCK):
+        child = start + tl.arange(0, BLOCK)
+        place = child.to(tl.int64)[:, None] * width + column[None, :]
+        v = tl.load(vectors + place, mask=(child < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        x = tl.where(child < end, tl.sum(v * q[None, :], 1), float("-inf"))
+        above = tl.maximum(highest, tl.max(x, 0))
+        weight, fade = tl.exp(x - above), tl.exp(highest - above)
+        total = total * fade + tl.sum(weight, 0)
+        weighted = weighted * fade + tl.sum(weight[:, None] * v, 0)
+        if SMOOTHS:
+            plain += tl.sum(v, 0)
+        highest = above
+    wanted = (1 - smoothing) * own
+    if SMOOTHS:
+        wanted += smoothing / (end - first) * plain
+    normalizer = highest + tl.log(total)
+    several = end - first > 1  # else the probability is 1
+    tl.store(normalizers + row, normalizer)
+    tl.store(losses + row, tl.where(several, normalizer - tl.sum(q * wanted, 0), 0.0))
+    pull = tl.where(several, weighted / total - wanted, 0.0)
+    tl.store(pulls + row * width + column, pull.to(pulls.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(
+    query, vectors, first_child, parents, targets, normalizers, grad_losses, order, begins, ends, grad_vectors,
+    n, parent_stride, target_stride, grad_stride, width, smoothing,
+    CHILDREN: tl.constexpr, TARGETS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dv[c] = sum over targets p whose parent has child c of w[p, c] q[p],
+    w[p, c] = dloss[p] (exp(q[p] . v[c] - normalizer[p]) - (1 - smoothing) [c is the target] - smoothing / children)."""
+    block = tl.program_id(0)
+    child = (block * CHILDREN + tl.arange(0, CHILDREN))[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    place = child.to(tl.int64) * width + column
+    v = tl.load(vectors + place, mask=(child < n) & (column < width), other=0.0)
+    dv = tl.zeros([CHILDREN, COLUMNS], tl.float32)
+    end = tl.load(ends + block)
+    for start in range(tl.load(begins + block), end, TARGETS):
+        number = start + tl.arange(0, TARGETS)
+        real = number < end
+        row = tl.load(order + number, mask=real, other=0).to(tl.int64)
+        parent = tl.load(parents + row * parent_stride, mask=real, other=0)
+        first = tl.load(first_child + parent, mask=real, other=0)
+        last = tl.load(first_child + parent + 1, mask=real, other=0)
+        target = tl.load(targets + row * target_stride, mask=real, other=0)
+        normalizer = tl.load(normalizers + row, mask=real, other=0.0)
+        grad = tl.load(grad_losses + row * grad_stride, mask=real, other=0.0)
+        q = tl.load(query + row[:, None] * width + column, mask=real[:, None] & (column < width), other=0.0)
+        belongs = (first[None, :] <= child) & (child < last[None, :]) & (last - first > 1)[None, :]
+        x = tl.dot(v, tl.trans(q), input_precision=PRECISION)
+        w = tl.exp(tl.where(belongs, x - normalizer[None, :], 0.0))
+        w -= tl.where(child == target[None, :], 1 - smoothing, 0.0)
+        w -= (smoothing / tl.maximum(last - first, 1))[None, :]
+        w = tl.where(belongs, w * grad[None, :], 0.0)
+        # In float32, of whose range small gradients have need; half precision is exact in TF32.
+        dv = tl.dot(w, q.to(tl.float32), dv, input_precision=PRECISION)
+    tl.store(grad_vectors + place, dv.to(grad_vectors.dtype.element_ty), mask=(child < n) & (column < width))
+
+
+@torch.library.custom_op("retrieval::tree_cross_entropy", mutates_args=())
+def tree_cross_entropy(
+    query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, fanout: int, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses and normalizers, [P] float32 each, and pulls as the query; see `_forward` and
+    `ops.tree.tree_cross_entropy`. The losses alone have a gradient."""
+    query, vectors = query.contiguous(), vectors.contiguous()
+    P, width = query.shape
+    losses, normalizers = (torch.empty(P, dtype=torch.float32, device=query.device) for _ in range(2))
+    pulls = torch.empty_like(query)
+    if P:
+        columns = triton.next_power_of_2(width)
+        block = min(max(TILE // columns, 1), triton.next_power_of_2(fanout))
+        _forward[(P,)](
+            query, vectors, first_child, parents, targets, losses, normalizers, pulls,
+            parents.stride(0), targets.stride(0), width, smoothing, block, columns, smoothing > 0,
+        )  # fmt: skip
+    return losses, normalizers, pulls
+
+
+@tree_cross_entropy.register_fake
+def _(query, vectors, first_child, parents, targets, fanout, smoothing):
+    losses = query.new_empty(len(query), dtype=torch.float32)
+    return losses, torch.empty_like(losses), query.new_empty(query.shape)
+
+
+@torch.library.custom_op("retrieval::tree_cross_entropy_backward", mutates_args=())
+def tree_cross_entropy_backward(
+    query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, normalizers: Tensor,
+    grad_losses: Tensor, smoothing: float,
+) -> Tensor:  # fmt: skip
+    """The gradient of the vectors [n, d], in their dtype."""
+    query, vectors = query.contiguous(), vectors.contiguous()
+    n, width = vectors.shape
+    firsts, order = first_child[parents].sort(stable=True)
+    starts = torch.arange(0, n, CHILDREN, dtype=torch.int32, device=query.device)
+    opening = first_child[torch.searchsorted(first_child, starts, right=True) - 1]  # the first sibling of the block's
+    begins, ends = torch.searchsorted(firsts, opening), torch.searchsorted(firsts, starts + CHILDREN)
+    grad_vectors = torch.empty_like(vectors)
+    columns, half = max(triton.next_power_of_2(width), 16), query.dtype != torch.float32
+    _backward[(len(starts),)](
+        query, vectors, first_child, parents, targets, normalizers, grad_losses, order, begins, ends, grad_vectors,
+        n, parents.stride(0), targets.stride(0), grad_losses.stride(0), width, smoothing,
+        CHILDREN, min(max(TILE // columns, 16), 64) if half else 16, columns, "tf32" if half else "ieee",
+        num_warps=4 if half and columns <= 256 else 8, num_stages=1,
+    )  # fmt: skip
+    return grad_vectors
+
+
+@tree_cross_entropy_backward.register_fake
+def _(query, vectors, first_child, parents, targets, normalizers, grad_losses, smoothing):
+    return vectors.new_empty(vectors.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, _, ctx.smoothing = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[2], *tensors, output[1])
+
+
+def _gradients(ctx, grad_losses: Tensor, *_):
+    pulls, *tensors = ctx.saved_tensors
+    grad_query = (grad_losses[:, None] * pulls).to(pulls.dtype)
+    return grad_query, tree_cross_entropy_backward(*tensors, grad_losses, ctx.smoothing), *(None,) * 5
+
+
+tree_cross_entropy.register_autograd(_gradients, setup_context=_save)

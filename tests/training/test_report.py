@@ -1,0 +1,34 @@
+"""The table of a retriever's figures."""
+
+import pytest
+import torch
+
+from training.metrics import all_figures, bins, ranking_metrics
+from training.report import retrieval_table
+
+
+@pytest.mark.parametrize(("excluded", "protocol"), [(False, "all"), (True, "new")])
+def test_every_figure_stands_in_its_row_and_column(capsys, tmp_path, excluded, protocol):
+    ranks = {row: {name: torch.randint(0, 20, (50,)) for name in ("all", "new")} for row in ("most_popular", "tree")}
+    lengths = torch.randint(1, 8, (50,))
+    groups = {"target_in_training": bins(lengths, (0, 1, 6, 21)), "history": bins(lengths, (1, 6, 11))}
+    figures = all_figures(ranks, groups, (1, 5, 10, 20), n_items=19)
+    metrics = {f"test/{key}": value for key, value in figures.items()}
+    metrics |= {"valid/recall@10": 0.25, "valid/ndcg@10": 0.125}
+    retrieval_table(metrics, "leave-one-out", excluded, tmp_path, show=True)
+    lines = capsys.readouterr().out.splitlines()
+
+    def cells(start: str) -> list[list[str]]:
+        return [line[len(start) :].split() for line in lines if line.startswith(start)]
+
+    for row, title in (("most_popular", "  most popular"), ("tree", "  tree alone")):
+        own = [ranking_metrics(ranks[row][name], (5, 10)) for name in ("all", "new")]
+        order = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
+        assert cells(title) == [[f"{half[name]:.4f}" for half in own for name in order]]
+    short = lengths < 6
+    ndcg = (ranking_metrics(ranks[row][protocol][short], (10,))["ndcg@10"] for row in ranks)
+    line = [str(int(short.sum())), *(f"{value:.4f}" for value in ndcg)]
+    assert cells("  1-5") == [line, line]  # the same bins for both kinds of groups
+    assert any("recall@10 0.2500, ndcg@10 0.1250" in line for line in lines)
+    missed = int((ranks["most_popular"]["new"] >= 19).sum())
+    assert any(line.startswith(f"50 users. 0 targets never occur in training. {missed} were") for line in lines)
