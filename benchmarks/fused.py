@@ -1,27 +1,29 @@
-"""The fused operations around the matrix products against their pure-torch twins, each recorded as a CUDA graph.
+"""The operations around the matrix products against torch's own, each recorded as a CUDA graph.
 
     python -m benchmarks.fused
 
-Needs a CUDA GPU. The catalogue has as many items as Amazon Beauty, in four levels; items are drawn at random. The limit
-is the device's copy bandwidth over the bytes that must be read and written; distinct rows of a table count once.
+Needs a CUDA GPU. The catalogue is as large as Amazon Beauty's; items are drawn at random. The limit is the device's
+copy bandwidth over the bytes that must be read and written, distinct rows of a table once; that of the cross-entropy
+the arithmetic of its products, one forward and two backward, at the rate of a large one. Operations on the tree:
+`benchmarks.tree`.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import copy_bandwidth, heading, quantiles, replayed, row
+from benchmarks.timing import copy_bandwidth, heading, matrix_rate, quantiles, replayed, row
 from benchmarks.training import N_ITEMS, catalogue
-from modules.generation.trie import Trie
 from modules.rqvae import RqVae
-from ops import embedding, reference
-from ops.trie import trie_cross_entropy
+from ops.cross_entropy import linear_cross_entropy
+from ops.sums import RowSums, sum_rows, take_rows
 from training.flat import FlatAdamW
 
 
 def compare(name: str, functions: dict[str, Callable], leaves: list[Tensor], grad: Tensor, limits: tuple) -> None:
-    """Forward, and forward with the gradients of the leaves, of the kernel and its twin. limits: in microseconds."""
+    """Forward, and forward with the gradients of the leaves, of ours and torch's. limits: in microseconds."""
     print(f"\n{name}\n  {'microseconds':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
     for title, function in functions.items():
         forward = replayed(lambda function=function: function(*(leaf.detach() for leaf in leaves)))
@@ -30,58 +32,51 @@ def compare(name: str, functions: dict[str, Callable], leaves: list[Tensor], gra
         row(f"{title}, forward + backward", quantiles(both), sum(limits))
 
 
-def compare_losses(targets: int, dtype: torch.dtype, bandwidth: float) -> None:
-    codes, sizes = catalogue()
-    trie = Trie.build(codes).to("cuda")
-    nodes = trie.item_nodes[torch.randint(0, N_ITEMS, (targets,), device="cuda")]
-    grad = torch.full((), 1 / targets, device="cuda").expand(targets)
-    for level, size in enumerate(sizes):
-        logits = torch.randn(targets, size, device="cuda", dtype=dtype, requires_grad=True)
-        arrays = (trie.first_child[level], trie.code[level], nodes[:, level], nodes[:, level + 1], trie.fanout[level])
-        children = trie.first_child[level].diff()[nodes[:, level]]
-        read = int(children[children > 1].sum()) * logits.element_size() + 8 * targets
-        limits = [1e6 * n / bandwidth for n in (read + 8 * targets, read + 8 * targets + logits.nbytes)]
-        compare(
-            f"trie cross-entropy, level {level}: logits [{targets}, {size}] {str(dtype)[6:]}, "
-            f"{float(children.float().mean()):.1f} children in the mean, at most {trie.fanout[level]}",
-            {
-                "kernel": lambda x, arrays=arrays: trie_cross_entropy(x, *arrays),
-                "torch": lambda x, arrays=arrays: reference.trie_cross_entropy(x, *arrays),
-            },
-            [logits],
-            grad,
-            limits,
-        )
+def compare_losses(targets: int, width: int, dtype: torch.dtype, device: torch.device, rate: float) -> None:
+    """Of the item head, over all items."""
+    leaves = [torch.randn(n, width, device=device, dtype=dtype, requires_grad=True) for n in (targets, N_ITEMS)]
+    items, weights = torch.randint(0, N_ITEMS, (targets,), device=device), torch.ones(targets, device=device)
+    limit = 1e6 * 2 * targets * N_ITEMS * width / rate
+    functions = {
+        "without all logits": lambda x, vectors: linear_cross_entropy(x, vectors, items, weights),
+        "torch": lambda x, vectors: F.cross_entropy((x @ vectors.T).float(), items, reduction="sum"),
+    }
+    title = f"cross-entropy of {targets:,} targets over {N_ITEMS:,} items, {width} wide, {str(dtype)[6:]}"
+    compare(title, functions, leaves, torch.ones((), device=device), (limit, 2 * limit))
 
 
-def compare_vectors(items: int, levels: int, width: int, buckets: int, bandwidth: float) -> None:
-    all_codes, sizes = catalogue()
-    codes = all_codes[torch.randint(0, N_ITEMS, (items,))][:, :levels].contiguous().cuda()
-    starts = (torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)).cuda()
-    rows = [sum(sizes)] + ([buckets] if buckets else [])
-    tables = [torch.randn(n, width, device="cuda", requires_grad=True) for n in rows]
-    pad = [None] * (2 - len(tables))
-    grad = torch.randn(items, levels, width, device="cuda")
-    hashed = reference.hash_prefixes(codes)[:, 1:] % max(buckets, 1)
-    read = (sum(sizes) + (len(hashed.unique()) if buckets else 0)) * width * 4 + codes.nbytes
-    limits = [1e6 * n / bandwidth for n in (read + grad.nbytes, grad.nbytes + sum(rows) * width * 4)]
-    compare(
-        f"vectors of {items} x {levels} codes, width {width} float32, {buckets} prefix buckets",
-        {
-            "kernel": lambda *tables: embedding.embed_codes(codes, starts, *tables, *pad),
-            "torch": lambda *tables: reference.embed_codes(codes, starts, *tables, *pad),
-        },
-        tables,
-        grad,
-        limits,
-    )
+def compare_sums(width: int, device: torch.device, bandwidth: float) -> None:
+    """The vectors of all items, each the sum of one of its own and those of its codes."""
+    tree, _ = catalogue(device)
+    starts = N_ITEMS + torch.tensor(tree.level_sizes, device=device).cumsum(0) - tree.level_sizes[0]
+    codes = [code[tree.item_nodes[:, level + 1]] for level, code in enumerate(tree.code)]
+    rows = torch.cat([torch.arange(N_ITEMS, device=device)[:, None], torch.stack(codes, 1) + starts], 1)
+    sums, table = RowSums.of(rows), torch.randn(N_ITEMS + sum(tree.level_sizes), width, device=device)
+    functions = {
+        "ours": lambda table: sum_rows(table, sums),
+        "torch": lambda table: F.embedding(sums.rows, table).sum(1),
+    }
+    grad = torch.randn(N_ITEMS, width, device=device)
+    limit = 1e6 * (table.nbytes + grad.nbytes) / bandwidth
+    compare(f"vectors of all items, {width} wide, float32", functions, [table.requires_grad_()], grad, (limit, limit))
 
 
-def compare_updates(bandwidth: float) -> None:
+def compare_takes(count: int, width: int, device: torch.device, bandwidth: float) -> None:
+    """The vectors of the items of histories."""
+    table = torch.randn(N_ITEMS, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    items = torch.randint(0, N_ITEMS, (count,), device=device)
+    grad = torch.randn(count, width, device=device, dtype=torch.bfloat16)
+    read = len(items.unique()) * width * table.element_size()
+    limits = [1e6 * n / bandwidth for n in (read + grad.nbytes, grad.nbytes + table.nbytes)]
+    functions = {"ours": lambda table: take_rows(table, items), "torch": lambda table: F.embedding(items, table)}
+    compare(f"{count:,} of {N_ITEMS:,} rows, {width} wide, bfloat16", functions, [table], grad, limits)
+
+
+def compare_updates(device: torch.device, bandwidth: float) -> None:
     """Clipping and AdamW of the tokenizer 768-512-256-128-32, 3 x 256."""
-    model = RqVae(768, embed_dim=32).cuda()
+    model = RqVae(768, embed_dim=32).to(device)
     n = sum(p.numel() for p in model.parameters())
-    rate = torch.full((), 1e-3, device="cuda")
+    rate = torch.full((), 1e-3, device=device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True, capturable=True)
@@ -95,21 +90,23 @@ def compare_updates(bandwidth: float) -> None:
     limit = 1e6 * 28 * n / bandwidth  # four numbers are read, three written
     row("torch", quantiles(replayed(by_torch)), limit)
     flat = FlatAdamW(optimizer, 1.0)
-    row("kernel", quantiles(replayed(lambda: flat.step(rate))), limit)
+    row("ours", quantiles(replayed(lambda: flat.step(rate))), limit)
 
 
 def main() -> None:
     heading()
     torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    print(f"device copy: {bandwidth / 1e12:.2f} TB/s")
-    compare_losses(4096 * 20, torch.bfloat16, bandwidth)
-    compare_losses(4096, torch.float32, bandwidth)
-    compare_updates(bandwidth)
-    for buckets in (0, 65_536):
-        for items, levels in ((30_000, 4), (4096 * 20, 3), (2_000, 4)):
-            for width in (384, 128):
-                compare_vectors(items, levels, width, buckets, bandwidth)
+    device, bandwidth = torch.device("cuda"), copy_bandwidth()
+    rates = {dtype: matrix_rate(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    print(f"device copy: {bandwidth / 1e12:.2f} TB/s; matrix products:", end=" ")
+    print(", ".join(f"{rate / 1e12:.0f} TFLOP/s in {str(dtype)[6:]}" for dtype, rate in rates.items()))
+    for targets, dtype in ((2_000, torch.bfloat16), (40_000, torch.bfloat16), (2_000, torch.float32)):
+        compare_losses(targets, 256, dtype, device, rates[dtype])
+    for width in (256, 64):
+        compare_sums(width, device, bandwidth)
+        for count in (2_000, 40_000):
+            compare_takes(count, width, device, bandwidth)
+    compare_updates(device, bandwidth)
 
 
 if __name__ == "__main__":

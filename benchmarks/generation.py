@@ -1,90 +1,133 @@
-"""Generation: users a second by beam search over a catalogue as large as Amazon Beauty's.
+"""Generation: users a second by beam search and by the exact ranking, and the time that one user waits.
 
     python -m benchmarks.generation
 
-Histories are as long as Beauty's test histories, on a GPU all 22,363; the weights are random, which changes no shape.
-"eager": launched by the host; "recorded": CUDA graphs, as evaluation uses; "padded": every history has the length of
-the longest, which is what a padded model computes.
+Histories are as long as Amazon Beauty's test histories, over a catalogue of as many items; the weights are random,
+which changes no shape. What is timed ends with a user's 10 best items by both heads together. On a GPU passes are
+recorded as CUDA graphs, as evaluation uses them, in batches that are filled up. The limit of many users is the
+arithmetic of the matrix products with encoder, level queries, nodes of the first level and, where all are ranked, all
+nodes and items, at the card's bfloat16 rate; that of one user the time to read what is multiplied once at its copy
+bandwidth.
 """
 
 import argparse
 import time
 
 import torch
-from accelerate import Accelerator
 
-from benchmarks.training import MAX_ITEMS, WIDE, beauty_like, catalogue, full_length, mark, seconds_between
-from data.schemas import Interactions, Samples
+from benchmarks.timing import copy_bandwidth, heading, mark, matrix_rate, seconds_between
+from benchmarks.training import MAX_ITEMS, N_USERS, beauty_like, last_of_each, make_model, weights
 from data.utils import SequenceSource
-from modules.generation.trie import Trie
+from modules.generation.beam_search import beam_search, whole_catalogue
 from modules.model import EncoderDecoderRetrievalModel
-from training.evaluate import Evaluation
+from ops.jagged import JaggedTensor
+from training.replay import Replay
 
-REPEATS = 3  # rounds over all users
-
-
-def last_of_each(data: Interactions, device: torch.device) -> SequenceSource:
-    """Every user's last item as the target."""
-    last = data.offsets.diff() - 1
-    return SequenceSource(data, Samples(torch.arange(len(last)), last, torch.zeros_like(last)), MAX_ITEMS, device)
+TOP, REPEATS = 10, 3
 
 
-def batch_times(evaluation: Evaluation, source: SequenceSource) -> list[float]:
-    """Seconds of each batch of one round, drawn and generated one after another."""
-    marks = [mark(source.device)]
-    for batch in evaluation.batches(source):
-        evaluation.items(batch)
-        marks.append(mark(source.device))
-    return seconds_between(marks)
+@torch.no_grad()
+def searcher(model: EncoderDecoderRetrievalModel, beams: int | None, args) -> Replay:
+    """Longest history, item ids [T], offsets [B+1] -> best items [B, TOP]; beams: None ranks the whole catalogue."""
+    device, half = torch.device(args.device), args.dtype == "bfloat16"
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        vectors = model.vectors()
+
+    @torch.no_grad()
+    def best(longest: int, items: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        history = JaggedTensor(items, offsets, longest)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            if beams is None:
+                found = whole_catalogue(model, history, vectors)
+            else:
+                found = beam_search(model, history, vectors, beams)
+        return found.best(model.item_share, TOP).items
+
+    return Replay(best, [], device, device.type == "cuda")
 
 
-def measure(options: dict, batch_size: int, beams: int, kind: str, args) -> None:
-    accelerator = Accelerator(mixed_precision="bf16" if args.dtype == "bfloat16" else "no", cpu=args.device == "cpu")
-    device, (codes, sizes) = accelerator.device, catalogue()
-    data = full_length(args.users) if kind == "padded" else beauty_like(args.users)
-    source, trie = last_of_each(data, device), Trie.build(codes).to(device)
-    torch.manual_seed(0)
-    model = EncoderDecoderRetrievalModel(sizes, **options).to(device).eval()
-    recorded = device.type == "cuda" and kind != "eager"
-    evaluation = Evaluation(model, trie, beams, batch_size, accelerator, recorded)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    batch_times(evaluation, source)
-    first = time.perf_counter() - start
-    rounds = [batch_times(evaluation, source) for _ in range(REPEATS)]
-    rates = sorted(args.users / sum(times) for times in rounds)
-    p20, p50, p80 = torch.tensor(rounds).flatten().quantile(torch.tensor([0.2, 0.5, 0.8])).mul(1e3).tolist()
-    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
+def multiplied(model: EncoderDecoderRetrievalModel, beams: int | None) -> tuple[int, int]:
+    """Weights that are multiplied with each token of a history, and with each user."""
+    dim, counts = model.items.table.shape[1], model.tree.n_nodes
+    rows = counts[0] if beams else sum(counts) + model.tree.n_items
+    return weights(model.encoder), weights(model.queries) + rows * dim
+
+
+def throughput(
+    model: EncoderDecoderRetrievalModel, beams: int | None, batch_size: int, args, rate: float | None
+) -> None:
+    device, search, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.users)
+    source = SequenceSource(data, last_of_each(data), MAX_ITEMS, device)
+
+    def batch_times() -> list[float]:
+        """Seconds of each batch of one round, drawn and generated one after another."""
+        marks = [mark(device)]
+        for batch in source.in_order(batch_size, filled=device.type == "cuda"):
+            search(batch.history.max_length, batch.history.values, batch.history.offsets)
+            marks.append(mark(device))
+        return seconds_between(marks)
+
+    batch_times()
+    rates = sorted(args.users / sum(batch_times()) for _ in range(REPEATS))
+    by_token, by_user = multiplied(model, beams)
+    tokens = source.n_items(torch.arange(args.users)) / args.users
+    share = 2 * (tokens * by_token + by_user) * rates[1] / rate if rate else None
     print(
-        f"d {options['dim']}, {args.users:,} users in batches of {batch_size}, {beams} beams, {args.dtype}, {kind}: "
-        f"{rates[1]:,.1f} users/s ({rates[0]:,.1f} to {rates[2]:,.1f}), all in {args.users / rates[1]:.2f} s; a batch "
-        f"{p20:.2f} / {p50:.2f} / {p80:.2f} ms (p20 / p50 / p80); first round {first:.1f} s{memory}",
+        f"{name(beams)}, {args.users:,} users in batches of {batch_size}: {rates[1]:,.1f} users/s ({rates[0]:,.1f} to "
+        f"{rates[2]:,.1f})" + (f", {share:.1%} of the limit" if share else ""),
         flush=True,
     )
+
+
+def latency(model: EncoderDecoderRetrievalModel, beams: int | None, args, bandwidth: float | None) -> None:
+    """Of one user after another, from a history on the host to items on the host."""
+    device, search, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.one_by_one)
+    source = SequenceSource(data, last_of_each(data), MAX_ITEMS, torch.device("cpu"))
+    batches = [batch.history for batch in source.in_order(1, filled=device.type == "cuda")]
+    for history in batches[:20]:
+        search(history.max_length, history.values, history.offsets)
+    times = []
+    for history in batches:
+        start = time.perf_counter()
+        search(history.max_length, history.values, history.offsets).cpu()
+        times.append(1e3 * (time.perf_counter() - start))
+    p50, p99 = torch.tensor(times).quantile(torch.tensor([0.5, 0.99])).tolist()
+    size = 2 if args.dtype == "bfloat16" else 4
+    limit = 1e3 * size * sum(multiplied(model, beams)) / bandwidth if bandwidth else None
+    print(
+        f"{name(beams)}, one user: {p50:.3f} / {p99:.3f} ms (p50 / p99)"
+        + (f", {limit / p50:.1%} of the limit" if limit else ""),
+        flush=True,
+    )
+
+
+def name(beams: int | None) -> str:
+    return f"{beams} beams" if beams else "all items"
 
 
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32")
+    parser.add_argument("--dtype", default="bfloat16" if gpu else "float32", choices=["bfloat16", "float32"])
     parser.add_argument("--batch", type=int, nargs="+", default=[512, 2048] if gpu else [128])
-    parser.add_argument("--beams", type=int, nargs="+", default=[10, 50] if gpu else [10])
-    parser.add_argument("--dims", type=int, nargs="+", default=[384, 128])
-    parser.add_argument("--users", type=int, default=22_363 if gpu else 256)
-    kinds = ["eager", "recorded", "padded"]
-    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds if gpu else ["eager", "padded"])
+    parser.add_argument("--beams", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--dims", type=int, nargs="+", default=[256, 64])
+    parser.add_argument("--users", type=int, default=N_USERS if gpu else 512)
+    parser.add_argument("--one-by-one", type=int, default=1000 if gpu else 200, help="users whose latency is measured")
     args = parser.parse_args()
+    rate = bandwidth = None
     if args.device == "cuda":
-        from benchmarks.timing import heading
-
         heading()
+        rate, bandwidth = matrix_rate(), copy_bandwidth()
+        print(f"bfloat16 matrix product: {rate / 1e12:.0f} TFLOP/s; device copy: {bandwidth / 1e12:.2f} TB/s")
     for dim in args.dims:
-        for beams in args.beams:
+        model = make_model(dim, torch.device(args.device)).eval()
+        print(f"{dim} wide, {args.dtype}:")
+        for beams in (*args.beams, None):
             for batch in args.batch:
-                for kind in args.kinds:
-                    measure(WIDE | dict(dim=dim), batch, beams, kind, args)
+                throughput(model, beams, batch, args, rate)
+            latency(model, beams, args, bandwidth)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m benchmarks.training
 
-"all": one pass over a history serves each of its items as a target, on a GPU recorded as a CUDA graph, as train_decoder.py
-does; "eager": the same, launched by the host; "one": each history has one target; "padded": "all" with every history as
-long as the longest, which is what a padded model computes, while only the targets of the real lengths count. The limit
-is the arithmetic of the matrix products of real items at the card's measured bfloat16 rate.
+"all": one pass over a history serves each of its items as a target, on a GPU recorded as a CUDA graph, as in
+train_decoder.py; "eager": the same, launched by the host; "one": each history has one target; "padded": "all" with all
+histories as long as the longest, which is what a padded model computes; only the targets of the real lengths count. The
+limit is the arithmetic of the matrix products of real items at the card's measured bfloat16 rate.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Cross-entropy over a catalogue of vectors, without the matrix of all logits.
 
-The logits of a chunk of targets become their own gradient in place, so that both gradients are there when the loss is;
+The logits of a chunk of targets become their own gradient in place, so that all gradients are there when the loss is;
 the backward pass only scales them. (After Hsu et al. 2024, Liger Kernel.)
 """
 

@@ -37,7 +37,7 @@ def _rows(
             place = start + tl.arange(0, ITEMS)
             item = tl.load(items + place, mask=place < end, other=-1)
             x = tl.load(logits + item, mask=item >= 0, other=0.0).to(tl.float32)
-            tl.store(logits + item, _clamp(x + added, limit).to(logits.dtype.element_ty), mask=item >= 0)
+            tl.store(logits + item, (x + added).to(logits.dtype.element_ty), mask=item >= 0)
         tl.debug_barrier()  # they lie in memory before the row is read
     target = tl.load(targets + row)
     own = _clamp(tl.load(logits + target).to(tl.float32), limit)

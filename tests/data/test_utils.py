@@ -14,8 +14,8 @@ from data.utils import (
     derive_seed,
     filled_size,
     filler_rows,
+    first_occurrences,
     is_consumed,
-    tokenize,
 )
 from ops.jagged import JaggedTensor
 
@@ -96,10 +96,9 @@ def test_consumed_is_all_that_came_before_the_target(rows, max_items):
     samples = leave_one_out(interactions).test
     if len(samples) == 0:
         return
-    source = SequenceSource(interactions, samples, max_items, CPU, exclude_history=True)
-    batch = tokenize(source.batch(torch.arange(len(samples))), torch.zeros(31, 2, dtype=torch.int64))
+    source = SequenceSource(interactions, samples, max_items, CPU)
+    batch = source.batch(torch.arange(len(samples)))
     assert to_rows(batch.consumed) == [row[:-1] for row in rows if len(row) >= 3]
-    assert SequenceSource(interactions, samples, max_items, CPU).batch(torch.arange(1)).consumed is None
 
 
 @settings(deadline=None, max_examples=25)
@@ -195,15 +194,32 @@ def test_derived_seeds_tell_their_parts_apart():
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.lists(st.integers(0, 9), max_size=7), min_size=1, max_size=5), st.integers(1, 4))
-def test_tokenize_writes_each_item_as_its_codes(rows, levels):
-    codes = torch.randint(0, 50, (10, levels), generator=torch.Generator().manual_seed(levels))
-    history = JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in rows])
-    targets = JaggedTensor.uniform(torch.zeros(len(rows), 1, dtype=torch.int64))
-    batch = SeqBatch(torch.arange(len(rows)), history, targets)
-    tokenized = tokenize(batch, codes)
-    assert to_rows(tokenized.tokens) == [[code for item in row for code in codes[item].tolist()] for row in rows]
-    assert tokenized.targets is targets and torch.equal(tokenized.user, batch.user)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=9), min_size=1, max_size=5))
+def test_what_occurs_again_in_a_row_is_marked(rows):
+    found = first_occurrences(JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in rows]))
+    assert found.tolist() == [-1 if item in row[:n] else item for row in rows for n, item in enumerate(row)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(users_strategy, st.integers(1, 10), st.booleans(), st.data())
+def test_what_a_target_has_seen_is_each_item_before_it_once(rows, max_items, every_position, data):
+    interactions = to_interactions(rows)
+    lengths = interactions.offsets.diff()
+    samples = windows(lengths, max_items) if every_position else every_prefix(lengths)
+    if len(samples) == 0:
+        return
+    source = SequenceSource(interactions, samples, max_items, CPU, every_position)
+    index = torch.arange(len(samples))
+    uniform = torch.full((len(samples),), data.draw(st.floats(0, 0.99)), dtype=torch.float64)
+    batch, (position, _) = source.batch(index, uniform), drawn(samples, index, uniform, max_items)
+    first, last, items = batch.seen
+    place = 0
+    for user, end, count in zip(batch.user.tolist(), position.tolist(), batch.targets.lengths.tolist(), strict=True):
+        for before in range(end - count + 1, end + 1):
+            seen = [item for item in items[first[place] : last[place]].tolist() if item >= 0]
+            assert sorted(seen) == sorted(set(rows[user][:before]))
+            place += 1
+    assert place == len(batch.targets.values) == len(first) == len(last)
 
 
 @pytest.mark.parametrize("every_position", [True, False])
@@ -245,13 +261,13 @@ def test_fillers_may_be_longer_than_the_data():
 
 
 @settings(deadline=None, max_examples=25)
-@given(users_strategy, st.integers(1, 8), st.integers(1, 6), st.booleans())
-def test_filled_batches_hold_each_sample_once_and_have_few_shapes(rows, max_items, batch_size, exclude_history):
+@given(users_strategy, st.integers(1, 8), st.integers(1, 6))
+def test_filled_batches_hold_each_sample_once_and_have_few_shapes(rows, max_items, batch_size):
     interactions = to_interactions(rows)
     samples = leave_one_out(interactions).test
     if len(samples) == 0:
         return
-    source = SequenceSource(interactions, samples, max_items, CPU, exclude_history=exclude_history)
+    source = SequenceSource(interactions, samples, max_items, CPU)
     plain, filled = ([*source.in_order(batch_size, filled=filled)] for filled in (False, True))
     width = min(batch_size, len(source))
     for mine, theirs in zip(filled, plain, strict=True):
@@ -261,8 +277,6 @@ def test_filled_batches_hold_each_sample_once_and_have_few_shapes(rows, max_item
         assert torch.equal(mine.user[:n], theirs.user)
         assert torch.equal(mine.targets.values[:n], theirs.targets.values)
         assert to_rows(mine.history)[:n] == to_rows(theirs.history)
-        assert (mine.consumed is None) == (theirs.consumed is None) == (not exclude_history)
-        if exclude_history:
-            assert to_rows(mine.consumed)[:n] == to_rows(theirs.consumed)
-            assert mine.consumed.batch_size == len(mine.user)
-            assert len(mine.consumed.values) % (width * CONSUMED_GRAIN) == 0
+        assert to_rows(mine.consumed)[:n] == to_rows(theirs.consumed)
+        assert mine.consumed.batch_size == len(mine.user)
+        assert len(mine.consumed.values) % (width * CONSUMED_GRAIN) == 0

@@ -25,7 +25,7 @@ def random_catalogue(
 def make_model(
     codes: Tensor, seed: int = 0, features: int = 5, device: str | torch.device = "cpu", **changed
 ) -> EncoderDecoderRetrievalModel:
-    """In evaluation mode, with noise for all weights: also those that start at zero or one. features: columns, 0: none."""
+    """In evaluation mode, with noise for all weights, even those that start at zero or one. features: columns, or 0."""
     generator = torch.Generator().manual_seed(seed)
     described = torch.randn(len(codes), features, generator=generator, dtype=torch.float64) if features else None
     described = described.to(device) if described is not None else None
