@@ -38,9 +38,9 @@ def searcher(model: EncoderDecoderRetrievalModel, beams: int | None, args) -> Re
         history = JaggedTensor(items, offsets, longest)
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             if beams is None:
-                found = whole_catalogue(model, history, vectors)
+                found = whole_catalogue(model, history, vectors, history)
             else:
-                found = beam_search(model, history, vectors, beams)
+                found = beam_search(model, history, vectors, beams, history)
         return found.best(model.item_share, TOP).items
 
     return Replay(best, [], device, device.type == "cuda")

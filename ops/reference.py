@@ -1,4 +1,4 @@
-"""Pure-torch twins of every kernel: the oracle of the tests, and the path that runs without a GPU."""
+"""Pure-torch twins of kernels: the oracle of their tests, and the path that runs without a GPU."""
 
 import torch
 import torch.nn.functional as F

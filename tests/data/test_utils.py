@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.schemas import Interactions, SeqBatch
+from data.schemas import Interactions
 from data.splits import drawn, every_prefix, leave_one_out, windows
 from data.utils import (
     CONSUMED_GRAIN,

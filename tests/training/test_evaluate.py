@@ -40,7 +40,7 @@ def setup(device: str = "cpu", kind: type = SequenceSource, **changed):
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     data = Interactions(torch.randint(0, N_ITEMS, (int(offsets[-1]),), dtype=torch.int32), offsets)
     source = kind(data, leave_one_out(data).test, MAX_ITEMS, torch.device(device))
-    model = make_model(codes.to(device), **changed)
+    model = make_model(codes, device=device, **changed)
     with torch.no_grad():
         model.seen.fill_(-0.05)
     return source, model
