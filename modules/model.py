@@ -93,27 +93,9 @@ class EncoderDecoderRetrievalModel(nn.Module):
         vector_std: float = 0.2,
         end_positions: int = 0,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "features", "__class__")}
         super().__init__()
-        self.config = {
-            "tree": tree.digest,
-            "dim": dim,
-            "ff_dim": ff_dim,
-            "n_heads": n_heads,
-            "head_dim": head_dim,
-            "encoder_layers": encoder_layers,
-            "decoder_layers": decoder_layers,
-            "dropout": dropout,
-            "causal_encoder": causal_encoder,
-            "item_tokens": item_tokens,
-            "item_parts": list(item_parts),
-            "node_parts": list(node_parts),
-            "item_loss": item_loss,
-            "tree_loss": tree_loss,
-            "item_smoothing": item_smoothing,
-            "tree_smoothing": tree_smoothing,
-            "vector_std": vector_std,
-            "end_positions": end_positions,
-        }
+        self.config = {**given, "tree": tree.digest, "item_parts": list(item_parts), "node_parts": list(node_parts)}
         if not (item_tokens and item_loss > 0) and tree_loss <= 0:
             raise ValueError(
                 "EncoderDecoderRetrievalModel has no head to train: tree_loss must be positive, or item_loss with "

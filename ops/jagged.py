@@ -51,26 +51,6 @@ class JaggedTensor:
             self.max_length,
         )
 
-    def to_padded(self, padding: float = 0.0) -> Tensor:
-        """[B, max_length, ...], rows padded at the end."""
-        arguments = (self.values, self.offsets, self.max_length, padding)
-        if has_kernel(self.values):
-            from ops.triton.rows import jagged_to_padded
-
-            return jagged_to_padded(*arguments)
-        return reference.jagged_to_padded(*arguments)
-
-    @staticmethod
-    def from_padded(padded: Tensor, lengths: Tensor) -> "JaggedTensor":
-        """Keeps the first `lengths[b]` entries of row b of padded [B, M, ...]."""
-        offsets = lengths_to_offsets(lengths)
-        arguments = (padded, offsets, int(offsets[-1]))
-        if has_kernel(padded):
-            from ops.triton.rows import padded_to_jagged
-
-            return JaggedTensor(padded_to_jagged(*arguments), offsets, padded.shape[1])
-        return JaggedTensor(reference.padded_to_jagged(*arguments), offsets, padded.shape[1])
-
     @staticmethod
     def from_rows(rows: list[Tensor]) -> "JaggedTensor":
         """Joins B tensors [length_b, ...]."""

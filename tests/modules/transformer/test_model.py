@@ -7,6 +7,7 @@ from transformers import T5Config, T5Model
 from modules.transformer.attention import SelfAttention
 from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
 from ops.jagged import JaggedTensor
+from ops.reference import jagged_to_padded
 
 CONFIG = TransformerConfig(dim=12, ff_dim=20, n_heads=3, head_dim=5, dropout=0.1)
 LENGTHS, LAYERS = [7, 1, 150, 4], 2
@@ -77,7 +78,7 @@ def test_both_stacks_are_those_of_t5():
     encoded = encoder(history)
     view = MemoryView(torch.arange(len(LENGTHS) + 1), 1, torch.tensor(LENGTHS).repeat_interleave(4))
     decoded, _ = decoder(targets, decoder.memory(encoded), view)
-    expected = oracle(inputs_embeds=history.to_padded(3.0), attention_mask=mask, decoder_inputs_embeds=targets)
+    expected = oracle(inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length, 3.0), attention_mask=mask, decoder_inputs_embeds=targets)
     # T5 normalizes and takes its softmax in float32, whatever the weights.
     torch.testing.assert_close(encoded.values, expected.encoder_last_hidden_state[mask], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(decoded, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
@@ -91,7 +92,7 @@ def test_the_causal_encoder_is_the_self_attention_of_the_decoder_of_t5():
     oracle.block[0].layer[0].SelfAttention.relative_attention_bias.weight.copy_(encoder.bias.table.weight)
     history = random_rows(LENGTHS)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    expected = oracle(inputs_embeds=history.to_padded(3.0), attention_mask=mask).last_hidden_state
+    expected = oracle(inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length, 3.0), attention_mask=mask).last_hidden_state
     torch.testing.assert_close(encoder(history).values, expected[mask], rtol=1e-5, atol=1e-5)
 
 

@@ -7,7 +7,6 @@ from ops import reference, tree
 from ops.sums import take_rows
 
 attention = pytest.importorskip("ops.triton.attention").attention
-rows = pytest.importorskip("ops.triton.rows")
 residual = pytest.importorskip("ops.triton.residual")
 
 LARGE = 2**31 + 2**20
@@ -49,18 +48,6 @@ def test_attention_and_its_gradients():
     torch.testing.assert_close(out[-length:].double(), expected, rtol=0, atol=2e-2)
     torch.testing.assert_close(grad[-length:].double(), wanted, rtol=0, atol=2e-2 * float(wanted.abs().max()))
     assert not grad[:-length].any()
-
-
-def test_copies_of_rows():
-    width, length = 512, 64
-    count = LARGE // width // length + 1
-    values, lengths = noise(count * length, width), torch.full((count,), length, device="cuda")
-    lengths[0], lengths[-1] = 1, length - 1
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    values = values[: int(offsets[-1])]
-    padded = rows.jagged_to_padded(values, offsets, length)
-    assert padded.numel() > 2**31 and torch.equal(padded[-1, :-1], values[1 - length :]) and not padded[-1, -1].any()
-    assert torch.equal(rows.padded_to_jagged(padded, offsets, len(values)), values)
 
 
 def test_sums_normalizations_and_dropout():
