@@ -82,6 +82,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         encoder_layers: int = 2,
         decoder_layers: int = 0,
         dropout: float = 0.5,
+        feature_dropout: float = 0.2,
         causal_encoder: bool = True,
         item_tokens: bool = True,
         item_parts: tuple[str, ...] = ("free", "codes", "features"),
@@ -107,9 +108,10 @@ class EncoderDecoderRetrievalModel(nn.Module):
         self.tokens_per_item = 1 if item_tokens else tree.n_levels
         self.item_loss, self.tree_loss = item_loss if item_tokens else 0.0, tree_loss
         self.item_smoothing, self.tree_smoothing = item_smoothing, tree_smoothing
-        self.items = item_vectors(item_parts, tree, features, dim, vector_std) if item_tokens else None
+        common = tree, features, dim, vector_std, feature_dropout
+        self.items = item_vectors(item_parts, *common) if item_tokens else None
         has_nodes = tree_loss > 0 or not item_tokens
-        self.nodes = node_vectors(node_parts, tree, features, dim, vector_std) if has_nodes else nn.ModuleList()
+        self.nodes = node_vectors(node_parts, *common) if has_nodes else nn.ModuleList()
         self.encoder = Encoder(block, encoder_layers, causal_encoder, drop_output=decoder_layers > 0)
         self.positions = (
             nn.Parameter(torch.empty(end_positions, dim).normal_(std=vector_std)) if end_positions else None

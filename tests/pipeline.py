@@ -88,6 +88,7 @@ def bindings(folder: Path, script: str, *extra: str) -> list[str]:
             "EncoderDecoderRetrievalModel.head_dim = 16",
             "EncoderDecoderRetrievalModel.encoder_layers = 1",
             "EncoderDecoderRetrievalModel.dropout = 0.0",
+            "EncoderDecoderRetrievalModel.feature_dropout = 0.0",
         ],
     }
     return [*common, *stages[script], *extra]

@@ -16,10 +16,12 @@ class VectorSum(nn.Module):
     """M vectors, each the sum of some rows of a table and of a perceptron of its features.
 
     blocks: pairs of row numbers [M, j] and how many rows the block has; the table holds the blocks one below the other.
-    features: [M, D], or None. std: of the table's rows at the start.
+    features: [M, D], or None. std: of the table's rows at the start. dropout: of the features.
     """
 
-    def __init__(self, blocks: list[tuple[Tensor, int]], features: Tensor | None, dim: int, std: float) -> None:
+    def __init__(
+        self, blocks: list[tuple[Tensor, int]], features: Tensor | None, dim: int, std: float, dropout: float
+    ) -> None:
         super().__init__()
         sizes = [size for _, size in blocks]
         starts = [sum(sizes[:n]) for n in range(len(sizes))]
@@ -29,7 +31,7 @@ class VectorSum(nn.Module):
             self.sums = RowSums.of(rows)
             self.table = nn.Parameter(torch.empty(sum(sizes), dim, device=rows.device).normal_(std=std))
         if features is not None:
-            self.mlp = feature_mlp(features.shape[1], dim).to(features.device)
+            self.mlp = feature_mlp(features.shape[1], dim, dropout).to(features.device)
 
     def forward(self) -> Tensor:
         """[M, dim], in `ops.residual.stream_dtype`."""
@@ -43,12 +45,14 @@ class VectorSum(nn.Module):
         return sum(parts[1:], parts[0])
 
 
-def feature_mlp(columns: int, dim: int) -> nn.Sequential:
+def feature_mlp(columns: int, dim: int, dropout: float) -> nn.Sequential:
     """[.., columns] -> [.., dim]."""
-    return nn.Sequential(nn.Dropout(0.2), nn.Linear(columns, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(columns, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
 
-def item_vectors(parts: tuple[str, ...], tree: Tree, features: Tensor | None, dim: int, std: float) -> VectorSum:
+def item_vectors(
+    parts: tuple[str, ...], tree: Tree, features: Tensor | None, dim: int, std: float, dropout: float
+) -> VectorSum:
     """Vectors of the N items. parts: "free", one of its own; "codes", one a code of its ID; "nodes", one a node on its
     path; "features", a perceptron of its features [N, D]. ValueError for other parts, and for missing features."""
     check_parts("item_parts", parts, ITEM_PARTS, features)
@@ -60,10 +64,12 @@ def item_vectors(parts: tuple[str, ...], tree: Tree, features: Tensor | None, di
         blocks.append((tree.code[level][nodes[:, level].long()][:, None], size))
     for level, size in enumerate(tree.n_nodes if "nodes" in parts else ()):
         blocks.append((nodes[:, level, None], size))
-    return VectorSum(blocks, features if "features" in parts else None, dim, std)
+    return VectorSum(blocks, features if "features" in parts else None, dim, std, dropout)
 
 
-def node_vectors(parts: tuple[str, ...], tree: Tree, features: Tensor | None, dim: int, std: float) -> nn.ModuleList:
+def node_vectors(
+    parts: tuple[str, ...], tree: Tree, features: Tensor | None, dim: int, std: float, dropout: float
+) -> nn.ModuleList:
     """Vectors of the nodes of each depth, 1 to L'. parts: "free", one of its own; "codes", one a code, shared by the
     nodes of a depth that end with it; "features", a perceptron of the mean features of the items below."""
     check_parts("node_parts", parts, NODE_PARTS, features)
@@ -75,7 +81,7 @@ def node_vectors(parts: tuple[str, ...], tree: Tree, features: Tensor | None, di
         if "codes" in parts:
             blocks.append((code[:, None], size))
         means = tree.node_means(level + 1, features).to(features.dtype) if "features" in parts else None
-        levels.append(VectorSum(blocks, means, dim, std))
+        levels.append(VectorSum(blocks, means, dim, std, dropout))
     return levels
 
 

@@ -63,7 +63,7 @@ def test_an_offline_run_holds_the_curves_the_config_and_the_final_table(trained,
     assert {name for name, _ in curves} >= {"train/loss", "train/gradient_norm", "train/learning_rate", "valid/ndcg@10"}
     config = {name.removeprefix("train_decoder."): value for name, value in config.items()}
     assert config["train.batch_size"] == 16 and config["EncoderDecoderRetrievalModel.causal_encoder"] is True
-    assert "train.beams = 10" in config["gin"]
+    assert "train.warmup_steps = 10" in config["gin"]
     assert {name: summary[name] for name in metrics} == metrics
     assert len(metrics) > 10
 

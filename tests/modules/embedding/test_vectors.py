@@ -18,7 +18,7 @@ PARTS = [("free",), ("codes",), ("nodes",), ("features",), ("features", "nodes",
 
 def make(build, parts: tuple[str, ...], features: torch.Tensor | None = FEATURES):
     """In float64 and evaluation mode."""
-    return build(parts, Tree.build(CODES, SIZES), features, DIM, 0.5).double().eval()
+    return build(parts, Tree.build(CODES, SIZES), features, DIM, 0.5, 0.2).double().eval()
 
 
 def blocks(vectors: VectorSum, sizes: list[int]) -> list[torch.Tensor]:
