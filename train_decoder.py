@@ -16,10 +16,11 @@ from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
 from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
 from data.features import FeatureSource, item_features
 from data.processed import RecDataset, load_corpus
-from data.splits import draw_splits, every_prefix, windows
+from data.splits import draw_splits, every_prefix, in_training, windows
 from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, seed_noise
 from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.model import EncoderDecoderRetrievalModel
+from modules.pipeline import save_pipeline
 from modules.tokenizer.catalogue import Described, load_or_make_ids
 from modules.tree import Tree
 from training import cli, distributed, plots, report
@@ -252,6 +253,9 @@ def train(
     if accelerator.is_main_process:
         save_ranks(run.root / "ranks.safetensors", rows)
         model.save_pretrained(run.root / "model")
+        trained_on = in_training(splits.interactions, splits.train_lengths)
+        counts = torch.bincount(splits.interactions.items[trained_on], minlength=corpus.n_items)
+        save_pipeline(run.root / "pipeline", model, semantic_ids, features, corpus.titles(), counts, max_items)
     run.finish(metrics)
     if accelerator.is_main_process:
         plots.retriever(run.root)

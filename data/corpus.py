@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 FORMAT_VERSION = 1
+TITLES, MAX_TITLE = "titles.safetensors", 100  # characters
 COUNTS = ("n_users", "n_items", "n_interactions")
 HEADER_FIELDS = {"format_version", "name", "hash", "text_hash", "raw_files", *COUNTS}
 REBUILD = "rebuild it with `train.force_dataset_process=True`, or delete the folder"
@@ -90,6 +92,13 @@ class Corpus:
         """[N] descriptions, one an item, in the order of the item ids."""
         return self.items["text"].to_list()
 
+    def titles(self) -> list[str]:
+        """[N] short names for people, what stands first in the texts; from a cached corpus without polars."""
+        if isinstance(self._items, Path) and (file := self._items.with_name(TITLES)).is_file():
+            tensors = load_file(file)
+            return unpack_strings(tensors["bytes"], tensors["offsets"])
+        return [title(text) for text in self.texts()]
+
     @staticmethod
     def build(
         name: str,
@@ -125,7 +134,7 @@ class Corpus:
         return Corpus(name, interactions, item_keys, user_keys, _hash(content), _hash([*packed_texts]), items)
 
     def save(self, folder: str | Path, raw_files: Sequence[dict] = (), options: dict | None = None) -> None:
-        """Writes corpus.json, tensors.safetensors and items.parquet aside, then replaces `folder` by them.
+        """Writes corpus.json, tensors.safetensors, titles.safetensors and items.parquet aside, then replaces `folder` by them.
 
         raw_files: fingerprints of the files it was built from; options: how they were read. Both go into corpus.json.
         """
@@ -146,6 +155,8 @@ class Corpus:
         aside.mkdir()
         try:
             (aside / "tensors.safetensors").write_bytes(save(self._tensors()))  # save_file: 0600
+            data, offsets = pack_strings(self.titles())
+            (aside / TITLES).write_bytes(save({"bytes": data, "offsets": offsets}))
             self.items.write_parquet(aside / "items.parquet")
             (aside / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
             _replace_folder(aside, folder)
@@ -187,6 +198,12 @@ class Corpus:
             return Corpus(header["name"], interactions, **keys, **hashes, items=folder / "items.parquet")
         except Exception as error:  # whatever a damaged file makes a reader raise
             raise ValueError(f"the cached corpus in {folder} can't be used ({error}): {REBUILD}") from error
+
+
+def title(text: str) -> str:
+    """What stands before the first labelled part, such as "Genres: ..", cut to 100 characters."""
+    first = re.split(r"\. (?=[A-Z]\w*: )", text.strip().partition("\n")[0])[0].removesuffix(".")
+    return first if len(first) <= MAX_TITLE else first[: MAX_TITLE - 1].rstrip() + "…"
 
 
 def read_header(folder: Path) -> dict:

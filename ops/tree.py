@@ -84,14 +84,19 @@ def best_children(
             return tree_search.choose_children(logits, scores, first_child, nodes, count, dead)
     total = scores[..., None] + child_log_probs(query, vectors, first_child, nodes, fanout)
     total = total.float() if dead is None else total.float().masked_fill(dead, float("-inf"))
-    # Keys of 64 bits, all different: above an integer that orders as the score does, below minus the place.
-    bits = total.flatten(1).view(torch.int32).long()
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32
-    places = -(keys - torch.arange(keys.shape[1], device=keys.device)).topk(count).values & 0xFFFFFFFF
+    places = best_places(total.flatten(1), count)
     parents = places // fanout
     chosen = nodes.gather(1, parents)
     children = torch.minimum(first_child[chosen] + places % fanout, first_child[chosen + 1] - 1)
     return total.flatten(1).gather(1, places), parents, children.int()
+
+
+def best_places(scores: Tensor, count: int) -> Tensor:
+    """Where the highest scores of each row are, best first, of equal ones the first: float32 [B, M] -> [B, count]."""
+    # Keys of 64 bits, all different: above an integer that orders as the score does, below minus the place.
+    bits = scores.contiguous().view(torch.int32).long()
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) << 32
+    return -(keys - torch.arange(keys.shape[1], device=keys.device)).topk(count).values & 0xFFFFFFFF
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -33,6 +33,7 @@ def test_the_run_folder_keeps_the_contract(trained):
         "checkpoints",
         "plots",
         "model",
+        "pipeline",
     }
     best = (root / "checkpoints" / "BEST").read_text().strip()
     model = load_file(root / "model" / "model.safetensors")

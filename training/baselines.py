@@ -71,12 +71,12 @@ def train_sasrec(
     protocol: str,
     accelerator: Accelerator,
     seed: int,
-    iterations: int = 8000,
+    iterations: int = 4000,
     batch_size: int = 256,
     learning_rate: float = 1e-3,
     warmup_steps: int = 100,
     eval_every: int = 250,
-    patience: int = 8,
+    patience: int = 16,
 ) -> SasRec:
     """Trains a SASRec and returns it with the weights of the best validation ndcg@10.
 

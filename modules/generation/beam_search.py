@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.schemas import RankedItems
@@ -12,7 +13,7 @@ from modules.transformer.model import Past
 from modules.tree import Tree
 from ops.jagged import JaggedTensor, row_indices
 from ops.precision import matmul_precision
-from ops.tree import best_children
+from ops.tree import best_children, best_places
 
 
 @dataclass(frozen=True)
@@ -27,45 +28,70 @@ class Candidates:
     tree: Tensor | None
     head: Tensor | None
 
-    def scores(self, share: float | Tensor) -> Tensor:
-        """[B, C]: the item head's share of both; -inf where there is no item."""
+    def fused(self, share: float | Tensor) -> Tensor:
+        """[B, C]: the item head's share of both."""
         if self.head is None or self.tree is None:
-            scores = self.tree if self.head is None else self.head
-        else:
-            scores = torch.lerp(self.tree, self.head, share)
-        return scores.masked_fill(self.items < 0, float("-inf"))
+            return self.tree if self.head is None else self.head
+        return torch.lerp(self.tree, self.head, share)
+
+    def scores(self, share: float | Tensor) -> Tensor:
+        """`fused`, -inf where there is no item."""
+        return self.fused(share).masked_fill(self.items < 0, float("-inf"))
 
     def best(self, share: float | Tensor, k: int) -> RankedItems:
         """The k best of each user, of equal ones the first. k: at most C."""
-        scores, order = self.scores(share).sort(dim=1, descending=True, stable=True)
-        return RankedItems(self.items.gather(1, order[:, :k]), scores[:, :k])
+        scores = self.scores(share).float()
+        places = best_places(scores, k)
+        return RankedItems(self.items.gather(1, places), scores.gather(1, places))
 
 
 @dataclass(frozen=True)
 class LeftOut:
     """Items that users are not to be given, as leaves of the tree.
 
-    keys: [C] int64 ascending, user * N + leaf, each once; what was there twice is B * N, at the end.
+    keys: [C] int64 ascending, user * N + leaf, each once; what does not count is B * N, at the end.
+    n_leaves: N. before: [N + 1] int32, how many of the leaves before each are left out for all users; None: none.
+    only: the keys are what each user may be given instead, and nothing else.
     """
 
     keys: Tensor
     n_leaves: int
+    before: Tensor | None = None
+    only: bool = False
 
     @staticmethod
-    def of(items: JaggedTensor, tree: Tree) -> "LeftOut":
-        """items: rows of item ids, values [C]."""
-        users = row_indices(items.offsets, len(items.values))
-        keys = (users * tree.n_items + tree.item_nodes[items.values, -1]).sort().values
+    def of(items: JaggedTensor, tree: Tree, for_all: Tensor | None = None, only: bool = False) -> "LeftOut":
+        """items: rows of item ids, values [C], of each user; `only`: what the user may be given. for_all: [N] bool, of
+        each item whether no user is to be given it."""
+        leaves = tree.item_nodes[items.values, -1]
+        keys = row_indices(items.offsets, len(leaves)) * tree.n_items + leaves
+        nothing, before = items.batch_size * tree.n_items, None
+        if for_all is not None:
+            before = F.pad(for_all[tree.leaf_items].cumsum(0, dtype=torch.int32), (1, 0))
+            keys = keys.masked_fill(for_all[items.values], nothing)
+        keys = keys.sort().values
         again = torch.zeros_like(keys, dtype=torch.bool)
         again[1:] = keys[1:] == keys[:-1]
-        return LeftOut(keys.masked_fill(again, items.batch_size * tree.n_items).sort().values, tree.n_items)
+        return LeftOut(keys.masked_fill(again, nothing).sort().values, tree.n_items, before, only)
 
     def covers(self, first_leaf: Tensor, nodes: Tensor) -> Tensor:
         """Whether all leaves below a node are left out. Shape: first_leaf [n+1], nodes [B, M] of users -> [B, M]."""
         start = torch.arange(len(nodes), device=nodes.device)[:, None] * self.n_leaves
         first, last = first_leaf[nodes], first_leaf[nodes + 1]
         inside = torch.searchsorted(self.keys, start + last) - torch.searchsorted(self.keys, start + first)
+        if self.only:
+            return inside == 0
+        if self.before is not None:
+            inside = inside + self.before[last] - self.before[first]
         return inside == last - first
+
+    def leaves(self, users: int) -> Tensor:
+        """Whether each leaf is left out: [B, N] bool."""
+        marks = torch.zeros(users * self.n_leaves + 1, dtype=torch.bool, device=self.keys.device)
+        marks = marks.index_fill(0, self.keys, True)[:-1].view(users, self.n_leaves)
+        if self.only:
+            return ~marks
+        return marks if self.before is None else marks | self.before.diff().bool()
 
 
 @torch.no_grad()
@@ -76,16 +102,18 @@ def beam_search(
     beams: int,
     consumed: JaggedTensor | None = None,
     new: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Candidates:
     """The `beams` items of every user with the highest probability down the tree, best first.
 
-    consumed: rows of all items that the users have consumed, for the item head. new: none of them is a candidate. A
-    node whose items are all left out is never entered, so K items come whenever K are left. Exact where no level has
-    more nodes than beams. The model should be in evaluation mode. Shape: B histories -> C = min(beams, N).
+    consumed: rows of all items that the users have consumed, for the item head. left_out: what is no candidate; new
+    stands for the consumed items. A node whose items are all left out is never entered, so K items come whenever K are
+    left. Exact where no level has more nodes than beams. The model should be in evaluation mode. Shape: B histories
+    -> C = min(beams, N).
     """
     tree, encoded = model.tree, model.encode(history, vectors)
     users, device = history.batch_size, history.values.device
-    out = LeftOut.of(consumed, tree) if new else None
+    out = LeftOut.of(consumed, tree) if new else left_out
     nodes = torch.zeros(users, 1, dtype=torch.int32, device=device)
     scores, past = torch.zeros(users, 1, device=device), None
     for depth, fanout in enumerate(tree.fanout):
@@ -118,25 +146,34 @@ def whole_catalogue(
     vectors: Vectors,
     consumed: JaggedTensor | None = None,
     new: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Candidates:
     """All N items of every user with their exact scores, in the order of their ids.
 
-    consumed: as of `beam_search`. new: they become -1.
+    consumed, new, left_out: as of `beam_search`; what is no candidate is -1.
     ValueError with a decoder, whose queries depend on the path: its whole catalogue is a beam search with N beams.
     """
     if model.decoder is not None:
         raise ValueError("train.exact ranks models without a decoder (decoder_layers = 0): set train.exact = False.")
     tree, encoded, users = model.tree, model.encode(history, vectors), history.batch_size
-    items = torch.arange(tree.n_items, device=history.values.device).expand(users, -1)
+    items, leaf = torch.arange(tree.n_items, device=history.values.device).expand(users, -1), tree.item_nodes[:, -1]
     by_leaf = tree_log_probs(model, encoded, vectors) if "tree" in model.heads else None
-    head = products(encoded.state, vectors.items) if "items" in model.heads else None
-    if consumed is not None:
-        place = row_indices(consumed.offsets, len(consumed.values)), consumed.values  # some of them twice
-        if head is not None:
-            head = head.index_put(place, head[place] + model.seen_bias.to(head.dtype))
-        if new:
-            items = items.index_put(place, torch.full((), -1, device=items.device))
-    return Candidates(items, by_leaf[:, tree.item_nodes[:, -1]] if by_leaf is not None else None, head)
+    head = head_logits(model, encoded, vectors, consumed) if "items" in model.heads else None
+    out = LeftOut.of(consumed, tree) if new else left_out
+    if out is not None:
+        items = items.masked_fill(out.leaves(users)[:, leaf], -1)
+    return Candidates(items, by_leaf[:, leaf] if by_leaf is not None else None, head)
+
+
+def head_logits(
+    model: EncoderDecoderRetrievalModel, encoded: Encoded, vectors: Vectors, consumed: JaggedTensor | None
+) -> Tensor:
+    """The item head's logits of all items, in float32 or wider: [B, N]."""
+    head = products(encoded.state, vectors.items)
+    if consumed is None:
+        return head
+    place = row_indices(consumed.offsets, len(consumed.values)), consumed.values  # some of them twice
+    return head.index_put(place, head[place] + model.seen_bias.to(head.dtype))
 
 
 def tree_log_probs(model: EncoderDecoderRetrievalModel, encoded: Encoded, vectors: Vectors) -> Tensor:

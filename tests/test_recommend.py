@@ -1,0 +1,306 @@
+"""From a trained run to files of recommendations, by the script and in Python."""
+
+import csv
+import gc
+import json
+import resource
+import shutil
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import recommend
+from data.corpus import Corpus
+from data.histories import partial_path, read_histories, write_table
+from data.splits import draw_splits, in_training
+from data.utils import SequenceSource
+from modules.model import EncoderDecoderRetrievalModel
+from modules.pipeline import save_pipeline
+from modules.recommender import Recommender
+from modules.tokenizer.semids import SemanticIds, load_item_features
+from modules.tree import Tree
+from tests.modules.test_pretrained import hub  # noqa: F401
+from tests.pipeline import N_ITEMS, REPOSITORY
+from tests.training.test_evaluate import stub
+from training.evaluate import Evaluation
+
+MAX_ITEMS = 20
+
+
+@pytest.fixture(scope="module")
+def corpus(trained):
+    return Corpus.load(trained / "processed" / "amazon_beauty")
+
+
+@pytest.fixture(scope="module")
+def pipeline(trained, corpus, tmp_path_factory):
+    """The folder, away from the run."""
+    ids = SemanticIds.load(trained / "out" / "rqvae")
+    features = load_item_features(trained / "out" / "rqvae", None, ids)
+    tree = Tree.build(ids.codes, ids.level_sizes)
+    model = trained / "out" / "decoder" / "model"
+    model = EncoderDecoderRetrievalModel.from_pretrained(model, tree, torch.from_numpy(features))
+    splits = draw_splits("leave-one-out", corpus.interactions)
+    items = corpus.interactions.items[in_training(splits.interactions, splits.train_lengths)]
+    folder = tmp_path_factory.mktemp("elsewhere") / "pipeline"
+    counts = torch.bincount(items, minlength=N_ITEMS)
+    save_pipeline(folder, model, ids, features, corpus.titles(), counts, MAX_ITEMS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def histories(corpus) -> list[list[str]]:
+    """What every user of the corpus consumed but the last item."""
+    rows = corpus.interactions.items.split(corpus.interactions.offsets.diff().tolist())
+    return [[corpus.item_keys[n] for n in row.tolist()[:-1]] for row in rows]
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs recommend.py in this process: exit status or message, standard output, standard error."""
+
+    def run(*arguments) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["recommend.py", *map(str, arguments)])
+        try:
+            status = recommend.main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_it_ranks_as_the_evaluation_of_the_test_split_does(pipeline, corpus, histories):
+    recommender = Recommender.from_pretrained(pipeline)
+    splits = draw_splits("leave-one-out", corpus.interactions)
+    source = SequenceSource(splits.interactions, splits.test, MAX_ITEMS, torch.device("cpu"))
+    evaluation = Evaluation(recommender.model, 10, True, 64, stub("cpu"), recorded=False)
+    for new in (False, True):
+        ranked = recommender.rank(histories, 10, exclude_seen=new)
+        assert torch.equal(ranked.items, evaluation.lists(source, 10, new))
+    title = corpus.texts()[int(ranked.items[0, 0])].partition(".")[0]
+    assert recommender.recommend(histories[:1])[0].items[0].title == title
+
+
+def test_a_copy_of_the_folder_recommends_the_same(pipeline, histories, tmp_path):
+    shutil.copytree(pipeline, tmp_path / "run" / "pipeline")
+    one, other = (Recommender.from_pretrained(path).rank(histories) for path in (pipeline, tmp_path / "run"))
+    assert torch.equal(one.items, other.items) and torch.equal(one.scores, other.scores)
+
+
+def test_a_missing_damaged_or_foreign_file_is_named(pipeline, tmp_path):
+    for name, content in (
+        ("model.safetensors", None),
+        ("features.npy", b"x"),
+        ("semantic_ids.safetensors", b""),
+        ("config.json", b"{}"),
+    ):
+        folder = shutil.copytree(pipeline, tmp_path / name)
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        error = FileNotFoundError if content is None else ValueError
+        with pytest.raises(error, match=f"{folder / name} is {'missing' if content is None else 'damaged'}"):
+            Recommender.from_pretrained(folder)
+    header = json.loads((pipeline / "pipeline.json").read_text())
+    for content, message in (
+        (json.dumps(header | {"format": "pipeline-9"}), "has the format 'pipeline-9', this code reads 'pipeline-1'"),
+        (json.dumps(header | {"files": {"../other": "0"}}), "does not name the files"),
+        ("[", "pipeline.json is damaged"),
+    ):
+        (folder / "pipeline.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            Recommender.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match="no pipeline in .*train_decoder.py"):
+        Recommender.from_pretrained(tmp_path)
+    assert load_file(pipeline / "catalogue.safetensors").keys() == {"title_data", "title_offsets", "counts"}
+
+
+def test_a_hub_repository_recommends_the_same(pipeline, histories, hub):  # noqa: F811
+    files = {path.name: path.read_bytes() for path in pipeline.iterdir()}
+    hub.repositories["me/shop"] = {"v2": files, "main": {name: files[name] for name in files if name != "config.json"}}
+    one, other = (Recommender.from_pretrained(*at).rank(histories[:9]) for at in ((pipeline,), ("me/shop", "v2")))
+    assert torch.equal(one.items, other.items) and torch.equal(one.scores, other.scores)
+    with pytest.raises(FileNotFoundError, match="no config.json in the Hub repository 'me/shop'"):
+        Recommender.from_pretrained("me/shop")
+
+
+def test_nothing_grows_over_many_calls(pipeline, histories):
+    recommender = Recommender.from_pretrained(pipeline)
+    before = None
+    for n in range(60):
+        recommender.recommend(histories[n : n + 1 + n % 7], k=n % 9 + 1, block=histories[n])
+        if n == 9:
+            before = {name: id(value) for name, value in vars(recommender).items()}
+            tensors = n_tensors()
+    assert {name: id(value) for name, value in vars(recommender).items()} == before
+    assert n_tensors() <= tensors
+
+
+def n_tensors() -> int:
+    gc.collect()
+    return sum(type(value) is torch.Tensor for value in gc.get_objects())
+
+
+ROWS = {"a": ["item01", "item08"], "b": [], "7": ["item03", "nothing", "item03"]}
+
+
+def write_histories(folder, kind: str):
+    """ROWS as lists, or one interaction a row, not in the order of time, where 'b' has none."""
+    form, suffix = kind.split()
+    path = folder / f"histories{suffix}"
+    users, lists = [*ROWS][:2] + [7], list(ROWS.values())
+    if form == "lists" and suffix == ".parquet":
+        pl.DataFrame({"user": [*ROWS], "items": lists}, schema_overrides={"items": pl.List(pl.String)}).write_parquet(
+            path
+        )
+    elif form == "lists" and suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"user": u, "items": i}) + "\n" for u, i in zip(users, lists, strict=True)))
+    elif form == "lists":
+        separator = "\t" if suffix == ".tsv" else ","
+        lines = [separator.join([user, "|".join(items)]) for user, items in ROWS.items()]
+        path.write_text("\n".join([separator.join(["user", "items"]), *lines]))
+    else:
+        events = [(time, user, item) for user, items in ROWS.items() for time, item in enumerate(items)]
+        frame = pl.DataFrame(sorted(events, reverse=True), schema=["timestamp", "user", "item"], orient="row")
+        {".csv": frame.write_csv, ".parquet": frame.write_parquet, ".jsonl": frame.write_ndjson}[suffix](path)
+    return path
+
+
+def read(path) -> list[tuple]:
+    if path.suffix == ".parquet":
+        rows = pl.read_parquet(path).to_dicts()
+    elif path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+        for row in rows:
+            row |= {"semantic_id": [int(code) for code in row["semantic_id"].split("-")]}
+            row |= {"rank": int(row["rank"]), "score": float(row["score"]), "popular": row["popular"] == "True"}
+    names = ("user", "rank", "item", "title", "semantic_id", "popular")
+    return [(*(row[name] for name in names), pytest.approx(row["score"])) for row in rows]
+
+
+KINDS = ["lists .csv", "lists .tsv", "lists .jsonl", "lists .parquet", "rows .csv", "rows .jsonl", "rows .parquet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_histories_come_from_every_kind_of_file(kind, tmp_path):
+    found = {str(user): items for user, items in read_histories(write_histories(tmp_path, kind))}
+    assert found == {user: items for user, items in ROWS.items() if items or kind.startswith("lists")}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_the_script_writes_what_the_recommender_says(suffix, pipeline, tmp_path, script):
+    allowed = [f"item{n:02d}" for n in range(5)]
+    (tmp_path / "allow.txt").write_text("\n".join([*allowed, "", "other"]))
+    histories, out = write_histories(tmp_path, "lists .jsonl"), tmp_path / "new" / f"out{suffix}"
+    status, printed, warned = script(
+        pipeline, "--histories", histories, "--out", out, "--k", 4, "--allow", tmp_path / "allow.txt"
+    )
+    assert status is None, status
+    assert "3 histories" in printed and "1 of 5 items" in printed and "1 histories without" in printed
+    assert "1 of 6 keys are not in the catalogue" in warned
+    expected = []
+    found = Recommender.from_pretrained(pipeline).recommend(list(ROWS.values()), 4, allow=allowed)
+    for user, row in zip(ROWS, found, strict=True):
+        assert len(row.items) == 4
+        for rank, item in enumerate(row.items, 1):
+            expected.append((user, rank, item.key, item.title, list(item.semantic_id), row.popular, item.score))
+    assert read(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_json_lines_need_no_polars(pipeline, tmp_path):
+    arguments = ["x", str(pipeline), "--histories", str(write_histories(tmp_path, "lists .jsonl"))]
+    arguments += ["--out", str(tmp_path / "out.jsonl"), "--users", "7"]
+    code = f"import sys; sys.modules['polars'] = None; sys.argv = {arguments}; import recommend; recommend.main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {row[0] for row in read(tmp_path / "out.jsonl")} == {"7"}
+
+
+def test_typed_items_print_titles(pipeline, script):
+    status, printed, _ = script(pipeline, "--items", "item01", "none", "--include-seen", "--k", 3)
+    assert status is None, status
+    lines = printed.splitlines()
+    assert "green ball" in lines[1] and "not in the catalogue" in lines[2] and len(lines) == 7
+    assert "item08" in lines[4]  # seven steps on
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("h.csv", "", "has no column 'items', .* its columns are none"),
+        ("h.csv", "user,items\n", "holds no history"),
+        ("h.csv", "user,thing\na,1\n", "its columns are user, thing"),
+        ("h.csv", "user,items\na,1,2\n", "row 1: there are more fields than columns"),
+        ("h.csv", "user,item,timestamp\na,1,never\n", "row 1: 'timestamp' must be a number"),
+        ("h.tsv", "items\n1\n", "row 1: there is no 'user'"),
+        ("h.jsonl", '{"user": 1, "items": ["a"]}\n{"user"\n', "row 2: "),
+        ("h.jsonl", '{"user": 1, "items": 5}\n', "row 1: 'items' must be a list"),
+        ("h.parquet", "text", "can't be read as parquet"),
+        ("h.txt", "text", "must end with one of"),
+    ],
+)
+def test_bad_histories_are_named(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_histories(path))
+    assert str(path) in str(error.value)
+
+
+def test_bad_input_is_one_line(pipeline, tmp_path, script):
+    histories = write_histories(tmp_path, "lists .csv")
+    for arguments, message in (
+        ([tmp_path / "none", "--items", "1"], "no file or folder"),
+        ([pipeline, "--histories", tmp_path / "none.csv", "--out", tmp_path / "o.csv"], "none.csv is missing"),
+        ([pipeline, "--histories", histories, "--out", tmp_path / "o.doc"], "o.doc: the file name must end"),
+        ([pipeline, "--histories", histories, "--out", tmp_path / "o.csv", "--users", "z"], "None of the users"),
+    ):
+        status, _, _ = script(*arguments)
+        assert status.startswith("error: ") and message in status and "\n" not in status
+    assert {path.name for path in tmp_path.iterdir()} == {histories.name}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_what_was_written_before_a_failure_stays_whole_and_marked(suffix, tmp_path):
+    def chunks(fails: bool):
+        for n in range(2):
+            yield {"user": [f"u{n}", "v"], "rank": torch.tensor([n, 2]).numpy()}
+        if fails:
+            raise OSError("the disk is full")
+
+    path = tmp_path / f"out{suffix}"
+    for _ in range(2):  # the second time over what the first left
+        with pytest.raises(OSError, match="full"):
+            write_table(path, chunks(fails=True))
+    part = partial_path(path)
+    assert [found.name for found in tmp_path.iterdir()] == [part.name]
+    if suffix == ".parquet":
+        assert pl.read_parquet(part / "*.parquet").rows() == [("u0", 0), ("v", 2), ("u1", 1), ("v", 2)]
+    write_table(path, chunks(fails=False))
+    text = pl.read_parquet(path).write_csv() if suffix == ".parquet" else path.read_text()
+    assert len(text.splitlines()) == 4 + (suffix != ".jsonl")
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_full_disk_leaves_whole_chunks(suffix, tmp_path):
+    """Files end after 2,000 bytes here."""
+    path, rows = tmp_path / f"out{suffix}", [{"user": ["a"]}, {"user": [f"{n}" for n in range(10_000)]}]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_table(path, rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    part = partial_path(path)
+    assert [found.name for found in tmp_path.iterdir()] == [part.name]
+    written = pl.read_csv(part) if suffix == ".csv" else pl.read_parquet(part / "*.parquet")
+    assert written.rows() == [("a",)]
