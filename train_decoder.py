@@ -47,6 +47,8 @@ def train(
     pretrained_rqvae_path: str = "out/rqvae_{corpus}",
     pretrained_rqvae_revision: str | None = None,
     features: Sequence[FeatureSource] | None = None,
+    encode_catalogue: bool = False,
+    text_model: str | None = None,
     save_dir_root: str = "out/decoder_{corpus}",
     iterations: int = 20_000,
     batch_size: int = 256,
@@ -81,9 +83,9 @@ def train(
 
     dataset, dataset_folder, dataset_split: see `data.processed.load_corpus`. split: "leave-one-out" or "temporal",
     the tokenizer's. pretrained_rqvae_path: run or tokenizer folder, semantic IDs file, or Hub id (at
-    pretrained_rqvae_revision); in it and in save_dir_root "{corpus}" stands for the corpus name. features: set for a
-    tokenizer of another catalogue or of the original project (folder, .pt checkpoint or Hub id), which then gives the
-    items their IDs; what it was trained on.
+    pretrained_rqvae_revision); in it and in save_dir_root "{corpus}" stands for the corpus name. encode_catalogue: the
+    tokenizer gives this catalogue its IDs, by its own feature sources; text_model: where its sentence encoder lies now.
+    features: only for a tokenizer without sources of its own (of the original project).
     batch_size: histories a micro-step over all processes. max_items: longest history. every_position: each
     item of a training window is a target given those before it; off: one target a history, as a
     bidirectional encoder needs. exclude_history: whether the best checkpoint, the heads' shares and the end are chosen
@@ -106,7 +108,9 @@ def train(
     corpus.interactions = splits.interactions  # ties may have been shuffled
     read = partial(read_features, corpus, features, dataset_folder, splits, force_dataset_process) if features else None
     path = pretrained_rqvae_path.format(corpus=corpus.name)
-    semantic_ids, features = load_or_make_ids(path, pretrained_rqvae_revision, corpus, read, device)
+    semantic_ids, features = load_or_make_ids(
+        path, pretrained_rqvae_revision, corpus, read, device, encode_catalogue, text_model
+    )
     if (seen := semantic_ids.tokenizer.get("split", splits.name)) != splits.name:
         raise ValueError(
             f"The tokenizer was made for the {seen} split and may know what the {splits.name} split tests on: bind "

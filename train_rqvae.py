@@ -2,8 +2,8 @@
 
     python train_rqvae.py configs/rqvae_sample.gin
 
-Leaves <save_dir_root>/tokenizer with the model, semantic_ids.safetensors and features.npy; train_decoder.py reads the
-latter two.
+Leaves <save_dir_root>/tokenizer with the model, the fitted feature sources, semantic_ids.safetensors and features.npy;
+train_decoder.py reads the latter two.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in con
 from data.features import FeatureSource, item_features
 from data.files import write_file
 from data.processed import RecDataset, load_corpus
+from data.sources import FittedSources
 from data.splits import draw_splits
 from data.utils import Shuffler, derive_seed, seed_noise
 from data.vectors import Vectors  # noqa: F401  (named in configs)
@@ -92,7 +93,9 @@ def train(
         corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
     splits = draw_splits(split, corpus.interactions)
     corpus.interactions = splits.interactions
-    described = item_features(corpus, features, dataset_folder, splits.train_lengths, force_dataset_process, categories)
+    described = item_features(
+        corpus, features, dataset_folder, splits.train_lengths, force_dataset_process, categories, splits.name
+    )
     run = Run(
         save_dir_root.format(corpus=corpus.name),
         {"corpus": corpus.hash, "features": described.identity},
@@ -104,7 +107,8 @@ def train(
     x = torch.from_numpy(described.values).to(device)  # [N, D]
 
     set_seed(seed)
-    model = RqVae(input_dim=x.shape[1], n_cat_features=described.n_cat_features).to(device)
+    columns = {"n_cat_features": described.n_cat_features, "from_interactions": described.from_interactions}
+    model = RqVae(input_dim=x.shape[1], **columns).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     rows = torch.randperm(len(x), generator=generator, device=device)[:KMEANS_ROWS]
     # One process in full precision on a GPU replays its step as a CUDA graph.
@@ -198,7 +202,7 @@ def train(
         seen = encoder_features(model, x, ~described.from_interactions, folder / FEATURES)
         semantic_ids = make_ids(model, codes, corpus, described.identity, splits.name, seen)
         metrics["extra_level_size"] = sum(semantic_ids.level_sizes[codes.shape[1] :])  # 0: the codes are unique
-        save_tokenizer(folder, model, semantic_ids, described.identity, metrics)
+        save_tokenizer(folder, model, semantic_ids, described.fitted, metrics)
         plots.tokenizer(run.root)
         plots.codes(run.root, codes.cpu(), model.config["codebook_size"], corpus.items["categories"].to_list())
     run.finish(metrics)
@@ -233,12 +237,15 @@ def id_metrics(model: RqVae, codes: torch.Tensor, x: torch.Tensor) -> dict[str, 
     return {**unique, "id_reconstruction_loss": error, **neighbour_agreement(codes, x)}
 
 
-def save_tokenizer(folder: Path, model: RqVae, semantic_ids: SemanticIds, features: str, metrics: dict) -> None:
-    """Writes the model, the catalogue's semantic IDs and the card."""
+def save_tokenizer(
+    folder: Path, model: RqVae, semantic_ids: SemanticIds, sources: FittedSources, metrics: dict
+) -> None:
+    """Writes the model, what makes its features, the catalogue's semantic IDs and the card."""
     model.save_pretrained(folder)
+    sources.save(folder)
     semantic_ids.save(folder / IDS)
     dataset = f"{semantic_ids.corpus_name} ({semantic_ids.n_items:,} items)"
-    write_file(folder / "README.md", model_card(model.config, dataset, features, metrics).encode())
+    write_file(folder / "README.md", model_card(model.config, dataset, sources.identity, metrics).encode())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Item vectors from what users consumed close together in the training data."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import gin
 import numpy as np
 from torch import Tensor
 
 from data.corpus import Corpus
+from data.items import Items, look_up, vector_table
 from data.schemas import Interactions
 from data.splits import in_training
 from ops.jagged import row_indices
@@ -25,12 +26,17 @@ class CoOccurrenceSvd:
     length 1 and centred over the items that occur. Items that the training data never shows get zeros.
 
     It tells the tokenizer which items are consumed together, which texts often don't: items with common
-    consumers come to share code prefixes. It never reads a validation or test interaction.
+    consumers come to share code prefixes. It never reads a validation or test interaction. Fitted vectors are kept by
+    item key; other items get zeros as well, the mean of the items that occur.
     """
 
     from_interactions = True
     dim: int = 128
     window: int = 5
+
+    @property
+    def settings(self) -> dict:
+        return asdict(self)
 
     @property
     def identity(self) -> str:
@@ -40,8 +46,9 @@ class CoOccurrenceSvd:
         read = (corpus.interactions.items, train_lengths)  # items at the same time may be in another order than stored
         return hashlib.sha256(corpus.hash.encode() + b"".join(part.numpy().tobytes() for part in read)).hexdigest()[:16]
 
-    def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
-        """[N, dim] float32. ValueError where dim is more than the number of items allows, or nothing co-occurs."""
+    def fit(self, corpus: Corpus, train_lengths: Tensor) -> dict[str, Tensor]:
+        """The vectors [N, dim] float32 by item key. ValueError where dim is more than the number of items allows, or
+        nothing co-occurs."""
         from scipy.sparse.linalg import svds
 
         if not 1 <= self.dim < corpus.n_items:
@@ -63,7 +70,11 @@ class CoOccurrenceSvd:
         seen = occurs > 0
         values[seen] -= values[seen].mean(0)
         values[~seen] = 0
-        return values.astype(np.float32)
+        return vector_table(corpus.item_keys, values.astype(np.float32))
+
+    def transform(self, state: dict[str, Tensor], items: Items) -> np.ndarray:
+        """M items -> [M, dim] float32."""
+        return look_up(state, items.keys)[0]
 
 
 def cooccurrence_counts(interactions: Interactions, train_lengths: Tensor, n_items: int, window: int):

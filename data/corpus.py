@@ -134,7 +134,7 @@ class Corpus:
         return Corpus(name, interactions, item_keys, user_keys, _hash(content), _hash([*packed_texts]), items)
 
     def save(self, folder: str | Path, raw_files: Sequence[dict] = (), options: dict | None = None) -> None:
-        """Writes corpus.json, tensors.safetensors, titles.safetensors and items.parquet aside, then replaces `folder` by them.
+        """Writes corpus.json, tensors, titles and items.parquet aside, then replaces `folder` by them.
 
         raw_files: fingerprints of the files it was built from; options: how they were read. Both go into corpus.json.
         """

@@ -1,7 +1,7 @@
 """Item texts to vectors."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,29 +13,15 @@ from accelerate import PartialState
 from torch import Tensor
 
 from data.corpus import Corpus
+from data.items import Items
+from data.strings import pack_strings, unpack_strings
 
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 
 
-class TextEncoder:
-    """A source that reads the item texts only; subclasses write `encode`.
-
-    chunk_items: encode so many at a time, shared by all processes; None: all at once, in the main process.
-    """
-
-    from_interactions = False
-    chunk_items: int | None = None
-
-    def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
-        return corpus.text_hash
-
-    def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
-        return self.encode(corpus.texts())
-
-
 @gin.configurable
 @dataclass(frozen=True)
-class TfidfSvd(TextEncoder):
+class TfidfSvd:
     """Latent semantic analysis (Deerwester et al. 1990): tf-idf, projected on its largest components.
 
     dim: D. ngrams: longest run of words that counts as a term. min_df: texts a term must be in to count.
@@ -45,6 +31,7 @@ class TfidfSvd(TextEncoder):
     start, so that the result depends on the texts alone.
     """
 
+    from_interactions = False
     dim: int = 256
     ngrams: int = 2
     min_df: int = 2
@@ -53,12 +40,18 @@ class TfidfSvd(TextEncoder):
     def identity(self) -> str:
         return f"tfidf-svd(dim={self.dim}, ngrams={self.ngrams}, min_df={self.min_df})"
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """N texts -> [N, dim] float32. Raises ValueError where dim is more than the texts allow."""
-        from sklearn.decomposition import TruncatedSVD
-        from sklearn.feature_extraction.text import TfidfVectorizer
+    @property
+    def settings(self) -> dict:
+        return asdict(self)
 
-        vectorizer = TfidfVectorizer(ngram_range=(1, self.ngrams), min_df=self.min_df, sublinear_tf=True)
+    def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
+        return corpus.text_hash
+
+    def fit(self, corpus: Corpus, train_lengths: Tensor) -> dict[str, Tensor]:
+        """Terms, idf [V] float64 and components [dim, V] float32. ValueError where dim is more than the texts allow."""
+        from sklearn.decomposition import TruncatedSVD
+
+        texts, vectorizer = corpus.texts(), self._vectorizer(min_df=self.min_df)
         try:
             terms = vectorizer.fit_transform(texts)
         except ValueError as error:
@@ -68,23 +61,42 @@ class TfidfSvd(TextEncoder):
                 f"TfidfSvd.dim = {self.dim} does not fit {terms.shape[0]} texts with {terms.shape[1]} terms: "
                 f"the largest possible value is {min(terms.shape) - 1}"
             )
-        values = TruncatedSVD(self.dim, algorithm="arpack", random_state=0).fit_transform(terms)
-        # Rows of `terms` have length 1: a projection shorter than 1e-6 is rounding error, not to be blown up.
+        components = TruncatedSVD(self.dim, algorithm="arpack", random_state=0).fit(terms).components_
+        names, offsets = pack_strings(vectorizer.get_feature_names_out().tolist())
+        numbers = {"idf": vectorizer.idf_, "components": np.ascontiguousarray(components, np.float32)}
+        tensors = {name: torch.from_numpy(values) for name, values in numbers.items()}
+        return {**tensors, "terms.bytes": names, "terms.offsets": offsets}
+
+    def transform(self, state: dict[str, Tensor], items: Items) -> np.ndarray:
+        """M items -> [M, dim] float32."""
+        if not items.texts:
+            return np.zeros((0, self.dim), np.float32)
+        vectorizer = self._vectorizer(vocabulary=unpack_strings(state["terms.bytes"], state["terms.offsets"]))
+        vectorizer.idf_ = state["idf"].numpy()
+        values = vectorizer.transform(items.texts) @ state["components"].numpy().T
+        # Rows of the product's left side have length 1: one shorter than 1e-6 is rounding error, not to be blown up.
         values /= np.linalg.norm(values, axis=1, keepdims=True).clip(min=1e-6)
         return values.astype(np.float32)
+
+    def _vectorizer(self, **options):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        return TfidfVectorizer(ngram_range=(1, self.ngrams), sublinear_tf=True, **options)
 
 
 @gin.configurable
 @dataclass
-class SentenceEncoder(TextEncoder):
+class SentenceEncoder:
     """A sentence-transformers model.
 
-    model: its name on the Hugging Face Hub, or a local folder. precision: of weights and arithmetic. normalize: to
-    length 1. prompt: written before every text. device: None takes each process's own GPU where there is one.
-    Under `accelerate launch` all processes encode their share of the chunks.
+    model: its name on the Hugging Face Hub (at revision), or a local folder. precision: of weights and arithmetic.
+    normalize: to length 1. prompt: written before every text. device: None takes each process's GPU if it has one.
+    Under `accelerate launch` all processes encode their share of the chunks. Nothing is fitted.
     """
 
+    from_interactions = False
     model: str = "sentence-transformers/sentence-t5-base"
+    revision: str | None = None
     batch_size: int = 64
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     normalize: bool = False
@@ -95,6 +107,32 @@ class SentenceEncoder(TextEncoder):
     def __post_init__(self) -> None:
         if self.precision not in (known := get_args(SentenceEncoder.__annotations__["precision"])):
             raise ValueError(f"SentenceEncoder.precision must be one of {', '.join(known)}, not {self.precision!r}")
+
+    @property
+    def settings(self) -> dict:
+        """What loads the same model again: one of the Hub with the commit that was read, a folder by its whole path."""
+        from huggingface_hub import try_to_load_from_cache
+
+        settings = asdict(self) | {"device": None}
+        if (folder := Path(self.model).expanduser()).is_dir():
+            return settings | {"model": str(folder.resolve())}
+        repository = self.model if "/" in self.model else f"sentence-transformers/{self.model}"
+        file = try_to_load_from_cache(repository, "modules.json", revision=self.revision)
+        return settings | {"revision": Path(file).parent.name if isinstance(file, str) else self.revision}
+
+    def at(self, model: str) -> "SentenceEncoder":
+        """The same encoder, its model read from another place: a folder, or a Hub id."""
+        return replace(self, model=model, revision=None)
+
+    def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
+        return corpus.text_hash + (self.revision or "")
+
+    def fit(self, corpus: Corpus, train_lengths: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    def transform(self, state: dict[str, Tensor], items: Items) -> np.ndarray:
+        """M items -> [M, D] float32."""
+        return self.encode(items.texts)
 
     @cached_property
     def identity(self) -> str:
@@ -123,7 +161,8 @@ class SentenceEncoder(TextEncoder):
         folder = Path(self.model).expanduser()
         device = self.device or str(PartialState().device)
         try:
-            model = SentenceTransformer(str(folder) if folder.is_dir() else self.model, device=device)
+            place = (str(folder), None) if folder.is_dir() else (self.model, self.revision)
+            model = SentenceTransformer(place[0], revision=place[1], device=device)
         except Exception as error:  # the Hub client, the network and the model formats raise dozens of types
             raise ValueError(
                 f"SentenceEncoder.model = {self.model!r} can't be loaded ({type(error).__name__}: {error}). "

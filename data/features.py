@@ -1,4 +1,4 @@
-"""Items to vectors, the input of the tokenizer: computed once by each source and cached."""
+"""Items of a corpus to vectors, the input of the tokenizer: sources are fitted and applied once, and cached."""
 
 import hashlib
 import re
@@ -11,50 +11,69 @@ from typing import Protocol
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data.chunks import encode_chunks, save_array
 from data.corpus import Corpus
-
-MAX_CATEGORIES = 512
+from data.files import write_file
+from data.items import Items
+from data.sources import Categories, FittedSources, checked
 
 
 class FeatureSource(Protocol):
-    """Something that describes the items of a corpus by vectors.
+    """Something that describes items by vectors, after it was fitted to a corpus.
 
     identity: everything about the source that changes its output, in one string.
+    settings: the arguments that make it again.
     from_interactions: whether it reads what users did. Such features shape the semantic IDs, but the retriever does not
     get them: it trains on the very interactions that they are made of, and recommends worse with them.
+    A source with `chunk_items` fits nothing: its `encode` takes texts, so many at a time, shared by all processes.
     """
 
     @property
     def identity(self) -> str: ...
 
     @property
+    def settings(self) -> dict: ...
+
+    @property
     def from_interactions(self) -> bool: ...
 
     def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
-        """A hash of what the source reads of the corpus: features are computed anew when it changes."""
+        """A hash of what `fit` reads of the corpus: features are computed anew when it changes."""
         ...
 
-    def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
-        """train_lengths: [U] int64, leading interactions of each user that are training data -> [N, D] float32."""
+    def fit(self, corpus: Corpus, train_lengths: Tensor) -> dict[str, Tensor]:
+        """train_lengths: [U] int64, leading interactions of each user that are training data -> what it learned."""
+        ...
+
+    def transform(self, state: dict[str, Tensor], items: Items) -> np.ndarray:
+        """What `fit` returned, and M items, of the corpus or not -> [M, D] float32."""
         ...
 
 
 @dataclass(frozen=True)
 class ItemFeatures:
-    """values [N, D + n_cat_features] float32, row n is item n; memory-mapped where n_cat_features is 0.
-
-    n_cat_features: how many trailing columns are multi-hot categories.
-    identity: what computed them.
-    from_interactions: [D + n_cat_features] bool, which columns are of sources that read interactions.
-    """
+    """values [N, D] float32, row n is item n; memory-mapped where one source makes them all. fitted: what made them."""
 
     values: np.ndarray
-    n_cat_features: int
-    identity: str
-    from_interactions: np.ndarray
+    fitted: FittedSources
+
+    @property
+    def identity(self) -> str:
+        return self.fitted.identity
+
+    @property
+    def n_cat_features(self) -> int:
+        """How many trailing columns are multi-hot categories."""
+        return self.fitted.n_cat_features
+
+    @property
+    def from_interactions(self) -> np.ndarray:
+        """[D] bool, which columns are of sources that read interactions."""
+        return self.fitted.from_interactions
 
 
 def item_features(
@@ -64,13 +83,15 @@ def item_features(
     train_lengths: Tensor,
     force: bool = False,
     categories: bool = False,
+    split: str = "",
 ) -> ItemFeatures:
-    """The vectors of all sources side by side; each cached in `<dataset_folder>/features/<corpus.name>`. Where there
-    are several processes, all of them call it: some sources are computed by all, the others by the first.
+    """The vectors of all sources side by side; each cached in `<dataset_folder>/features/<corpus.name>`, a fitted one
+    with its state beside it. Where there are several processes, all of them call it: some sources are computed by all,
+    the others by the first.
 
     Of several sources, each is divided by the deviation of its rows (one number a source), so that all have
     the same say; a constant source stays as it is. train_lengths: [U] int64, what a source may read of the
-    interactions.
+    interactions, the training data of `split`.
     force: compute again. categories: append one 0/1 column a category, sorted by name. The array may be
     written to, the files do not change.
 
@@ -80,78 +101,55 @@ def item_features(
     if not sources:
         raise ValueError("train.features is empty: name at least one source, such as @TfidfSvd()")
     folder = Path(dataset_folder) / "features" / corpus.name
-    blocks = []
+    sources, blocks, states = [*sources, *([Categories()] if categories else [])], [], []
     for source in sources:
         slug = re.sub(r"[^a-z0-9.]+", "-", source.identity.lower()).strip("-.")[:60]
         content = source.content(corpus, train_lengths)
         key = hashlib.sha256(f"{source.identity}\0{content}".encode()).hexdigest()[:16]
         path = folder / f"{slug}-{key}.npy"
-        write = partial(_write, path, source, corpus, train_lengths, force)
-        blocks.append(_cached(path, corpus.n_items, write, force))
-    if len(blocks) > 1:
-        deviations = [float(block.var(0, dtype=np.float64).sum()) ** 0.5 for block in blocks]
-        blocks = [block / (size if size > 1e-6 else 1) for block, size in zip(blocks, deviations, strict=True)]
-    identity, n_cat_features = " + ".join(source.identity for source in sources), 0
-    from_interactions = [source.from_interactions for source in sources]
-    if categories:
-        path = folder / f"categories-{corpus.hash}.npy"
-        write = partial(_save_in_turn, path, partial(_multi_hot, corpus), force)
-        blocks.append(_cached(path, corpus.n_items, write, force))
-        n_cat_features = blocks[-1].shape[1]
-        identity += f" + {n_cat_features} categories"
-        from_interactions.append(False)
-    values = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-    from_interactions = np.repeat(from_interactions, [block.shape[1] for block in blocks])
-    return ItemFeatures(values, n_cat_features, identity, from_interactions)
+        fits = getattr(source, "chunk_items", None) is None
+        files = [path, path.with_suffix(".safetensors")] if fits else [path]
+        write = partial(_write, files, source, corpus, train_lengths, force)
+        blocks.append(_cached(files, corpus.n_items, write, force))
+        states.append(_read_state(files[1]) if fits else {})
+    n_scaled = len(sources) - categories if len(sources) - categories > 1 else 0
+    deviations = [float(block.var(0, dtype=np.float64).sum()) ** 0.5 for block in blocks[:n_scaled]]
+    scales = [size if size > 1e-6 else 1.0 for size in deviations] + [1.0] * (len(sources) - n_scaled)
+    widths, identities = [block.shape[1] for block in blocks], [source.identity for source in sources]
+    fitted = FittedSources(sources, states, scales, widths, identities, corpus.name, split)
+    return ItemFeatures(fitted.side_by_side(blocks), fitted)
 
 
-def _write(path: Path, source: FeatureSource, corpus: Corpus, train_lengths: Tensor, force: bool) -> None:
-    """Computes a source, [N, D], into a file; every process takes part."""
-    chunk_items = getattr(source, "chunk_items", None)
-    if chunk_items is not None:
-        encode_chunks(source.encode, corpus.texts(), chunk_items, path, force)
+def _write(files: list[Path], source: FeatureSource, corpus: Corpus, train_lengths: Tensor, force: bool) -> None:
+    """Computes a source, [N, D], into a file, and its state into another one; every process takes part."""
+    if len(files) == 1:
+        encode_chunks(source.encode, corpus.texts(), source.chunk_items, files[0], force)
     else:
-        _save_in_turn(path, partial(_compute, source, corpus, train_lengths), force)
+        _save_in_turn(files, partial(_fit, files, source, corpus, train_lengths), force)
 
 
-def _save_in_turn(path: Path, compute: Callable[[], np.ndarray], force: bool) -> None:
+def _save_in_turn(files: list[Path], write: Callable[[], None], force: bool) -> None:
     """Once where the nodes share a disk, and once a node where they don't, or if it is forced."""
     state = PartialState()
     with state.main_process_first(), state.local_main_process_first():
-        if state.is_local_main_process and (force or not path.exists()):
-            save_array(path, compute())
+        if state.is_local_main_process and (force or not all(path.exists() for path in files)):
+            write()
 
 
-def _compute(source: FeatureSource, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
-    """[N, D] float32, checked."""
-    values = np.asarray(source(corpus, train_lengths), dtype=np.float32)
-    if values.ndim != 2 or len(values) != corpus.n_items:
-        raise ValueError(f"{source.identity} returned {values.shape} for {corpus.n_items} items")
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        item = int(bad.argmax())
-        raise ValueError(f"{source.identity}: item {item} ({corpus.item_keys[item]!r}) is not finite")
-    return values
+def _fit(files: list[Path], source: FeatureSource, corpus: Corpus, train_lengths: Tensor) -> None:
+    state = source.fit(corpus, train_lengths)
+    values = checked(source.transform(state, Items.of(corpus)), source.identity, corpus.item_keys)
+    save_array(files[0], values)
+    write_file(files[1], save(state))
 
 
-def _multi_hot(corpus: Corpus) -> np.ndarray:
-    """[N, C] float32: 1 where item n has the category, categories sorted by name."""
-    groups = corpus.items["categories"].to_list()
-    names = sorted({name for group in groups for name in group})
-    if len(names) > MAX_CATEGORIES:
-        raise ValueError(f"{corpus.name} has {len(names)} categories, columns are for up to {MAX_CATEGORIES}")
-    column = {name: number for number, name in enumerate(names)}
-    values = np.zeros((len(groups), len(names)), dtype=np.float32)
-    for item, group in enumerate(groups):
-        values[item, [column[name] for name in group]] = 1
-    return values
-
-
-def _cached(path: Path, n_items: int, write: Callable[[], None], force: bool) -> np.ndarray:
-    """The array in `path`, memory-mapped; where it isn't there, all processes call `write` first."""
-    if any(gather_object([force or not path.exists()])):  # the same answer for all, before anyone writes
+def _cached(files: list[Path], n_items: int, write: Callable[[], None], force: bool) -> np.ndarray:
+    """The array in the first file, memory-mapped; where a file isn't there, all processes call `write` first."""
+    path = files[0]
+    missing = force or not all(file.exists() for file in files)
+    if any(gather_object([missing])):  # the same answer for all, before anyone writes
         write()
-    if not path.exists():
+    if not all(file.exists() for file in files):
         raise FileNotFoundError(
             f"{path} was written on another machine: processes that encode texts together must share a disk. Run with "
             "one process first, and copy the file to the machines of the others."
@@ -163,3 +161,10 @@ def _cached(path: Path, n_items: int, write: Callable[[], None], force: bool) ->
     if values.dtype != np.float32 or values.ndim != 2 or len(values) != n_items:
         raise ValueError(f"{path} holds {values.shape} {values.dtype}, not ({n_items}, D) float32: delete it")
     return values
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} can't be read ({error}): delete it") from error

@@ -1,7 +1,7 @@
 """Ready vectors of items as a feature source: from another model, of images, of anything."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from data.corpus import Corpus
+from data.items import Items, look_up, vector_table
 from data.strings import pack_strings
 
 
@@ -21,6 +22,8 @@ class Vectors:
     path: .npy or .safetensors with a matrix [N, D], whose row n belongs to item n: to row n of CustomData.items, of
     movies.csv, or to item n + 1 of the P5 archive; or .parquet with a column of ids and one of lists, in any order.
     column: the list column, or the tensor's name. key_column: the ids of a parquet file.
+    Vectors are kept by item key, with the tokenizer; other items must bring theirs (`data.items.Items.vectors`), and
+    digest, a hash of the file, stands for it.
     """
 
     from_interactions = False
@@ -28,20 +31,31 @@ class Vectors:
     column: str = "embedding"
     key_column: str = "item"
 
-    @cached_property
+    digest: str | None = None
+
+    @property
+    def settings(self) -> dict:
+        return asdict(self) | {"digest": self._digest}
+
+    @property
     def identity(self) -> str:
         """A hash of the file, wherever it lies, and of the column."""
+        return f"vectors-{self._digest}({self.column})"
+
+    @cached_property
+    def _digest(self) -> str:
+        if self.digest:
+            return self.digest
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"Vectors.path = {self.path!r}: there is no such file")
         with open(self.path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return f"vectors-{digest[:16]}({self.column})"
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in pack_strings(corpus.item_keys))).hexdigest()
 
-    def __call__(self, corpus: Corpus, train_lengths: Tensor) -> np.ndarray:
-        """[N, D] float32. Raises ValueError that names the file where it holds no vector of an item."""
+    def fit(self, corpus: Corpus, train_lengths: Tensor) -> dict[str, Tensor]:
+        """The vectors [N, D] float32 by item key. ValueError that names the file where it lacks an item's."""
         path = Path(self.path)
         readers = {".npy": self._npy, ".safetensors": self._safetensors, ".parquet": self._parquet}
         if path.suffix not in readers:
@@ -49,7 +63,19 @@ class Vectors:
         values = readers[path.suffix](path, corpus.item_keys)
         if values.ndim != 2 or len(values) != corpus.n_items:
             raise ValueError(f"{path} holds {list(values.shape)}, corpus {corpus.name!r} needs [{corpus.n_items}, D]")
-        return values.astype(np.float32, copy=False)
+        return vector_table(corpus.item_keys, np.array(values, dtype=np.float32))
+
+    def transform(self, state: dict[str, Tensor], items: Items) -> np.ndarray:
+        """M items -> [M, D] float32. Raises ValueError where an item is not in the table and brought no vector."""
+        values, known = look_up(state, items.keys)
+        if items.vectors is not None and items.vectors.shape[1:] == values.shape[1:]:
+            values[~known], known = items.vectors[~known], True
+        if not np.all(known):
+            raise ValueError(
+                f"The tokenizer has no vector of item {items.keys[int(known.argmin())]!r}: give each new item one, as "
+                f"'vector', a list of {values.shape[1]} numbers."
+            )
+        return values
 
     def _npy(self, path: Path, keys: list[str]) -> np.ndarray:
         try:

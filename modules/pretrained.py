@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from data.files import write_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FILES = [CONFIG, WEIGHTS, "semantic_ids.safetensors", "features.npy", "README.md"]
+BESIDE = [
+    "pipeline.json",
+    "catalogue.safetensors",
+    "semantic_ids.safetensors",
+    "features.npy",
+    "sources.json",
+    "sources.safetensors",
+    "README.md",
+]
+FILES = [CONFIG, WEIGHTS, *BESIDE]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -54,7 +63,7 @@ def resolve(path: str | Path, revision: str | None = None, files: tuple[str, ...
         if revision is not None:
             raise ValueError(f"revision = {revision!r} is of a Hub repository, and '{path}' exists on this machine.")
         return local
-    if not HUB_ID.fullmatch(str(path)):
+    if not HUB_ID.fullmatch(str(path)) or local.parent.is_dir():
         raise FileNotFoundError(f"There is no file or folder '{path}', and it is no Hub id (owner/name) either.")
     from huggingface_hub import errors, hf_hub_download
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gin
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,6 +69,8 @@ class RqVae(nn.Module):
     deviation for all) or "none"; the constants are fitted by `initialize` and stored with the weights.
     normalize_output: the decoder's output has length 1. separate_collisions:
     items of a catalogue that share all codes are told apart by `modules.tokenizer.catalogue.catalogue_codes`.
+    drop_interactions: in training, the share of rows whose columns `from_interactions` ([input_dim] bool, not saved)
+    the encoder does not see and the decoder restores, so that items without interactions get good codes.
     """
 
     def __init__(
@@ -89,12 +92,16 @@ class RqVae(nn.Module):
         activation: str = "silu",
         normalize_output: bool = False,
         separate_collisions: bool = True,
+        drop_interactions: float = 0.0,
+        from_interactions: np.ndarray | None = None,
     ) -> None:
         super().__init__()
         if standardize not in ("column", "global", "none"):
             raise ValueError(f"RqVae.standardize is {standardize!r}; it can be 'column', 'global' or 'none'.")
         if not 0 <= n_cat_features < input_dim:
             raise ValueError(f"RqVae.n_cat_features is {n_cat_features}; the input has {input_dim} columns.")
+        if not 0 <= drop_interactions < 1:
+            raise ValueError(f"RqVae.drop_interactions is {drop_interactions}; it can be from 0 to below 1.")
         embed_dim = input_dim if hidden_dims is None else embed_dim
         self.config = {
             "input_dim": input_dim,
@@ -114,7 +121,10 @@ class RqVae(nn.Module):
             "activation": activation,
             "normalize_output": normalize_output,
             "separate_collisions": separate_collisions,
+            "drop_interactions": drop_interactions,
         }
+        mask = np.zeros(input_dim, dtype=bool) if from_interactions is None else from_interactions
+        self.register_buffer("from_interactions", torch.from_numpy(mask), persistent=False)
         self.n_cat_features = n_cat_features
         self.standardize = Standardize(input_dim - n_cat_features) if standardize != "none" else None
         if hidden_dims is None:
@@ -212,13 +222,19 @@ class RqVae(nn.Module):
     def row_losses(self, x: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction and quantization loss of each row, [B] float32, and the codes [B, L] int64, of features as
         `normalized` returns them."""
-        latent = self.encoder(x)
+        latent = self.encoder(self._without_interactions(x) if self.training else x)
         if self.training and latent.is_cuda and self.fusible:
             total, sem_ids, quantize_loss = self._fused(latent)
         else:
             codes = self.quantize(latent, temperature)
             total, sem_ids, quantize_loss = codes.embeddings.sum(-1), codes.sem_ids, codes.quantize_loss
         return reconstruction_loss(self.decoder(total), x, self.n_cat_features), quantize_loss, sem_ids
+
+    def _without_interactions(self, x: Tensor) -> Tensor:
+        """Normalized features [B, input_dim]: rows drawn anew have the mean in place of what interactions say."""
+        if (share := self.config["drop_interactions"]) == 0:
+            return x
+        return x.masked_fill((torch.rand(len(x), 1, device=x.device) < share) & self.from_interactions, 0.0)
 
     @property
     def fusible(self) -> bool:
@@ -240,8 +256,8 @@ class RqVae(nn.Module):
         and under every precision of training. Shape: x [N, input_dim] -> [N, L] int64, on the CPU.
         """
         exact = self.exact()
-        chunks = stream(x, batch_size, exact.device)
-        return torch.cat([exact.get_semantic_ids(chunk.double()).sem_ids.cpu() for chunk in chunks])
+        chunks, none = stream(x, batch_size, exact.device), torch.zeros(0, len(self.layers), dtype=torch.int64)
+        return torch.cat([none, *(exact.get_semantic_ids(chunk.double()).sem_ids.cpu() for chunk in chunks)])
 
     def exact(self) -> "RqVae":
         """A copy in float64 and in evaluation mode, whose codes are those of every other device."""

@@ -25,7 +25,10 @@ def test_the_run_folder_keeps_the_contract(trained):
         "tokenizer",
     }
     files = {path.name for path in (root / "tokenizer").iterdir()}
-    assert files == {"config.json", "model.safetensors", "semantic_ids.safetensors", "features.npy", "README.md"}
+    assert files == {"config.json", "model.safetensors", "semantic_ids.safetensors", "features.npy", "README.md"} | {
+        "sources.json",
+        "sources.safetensors",
+    }
     plots = {"losses.png", "usage.png", "code_frequency.png", "categories.png"}
     assert {path.name for path in (root / "plots").iterdir()} == plots
     assert (root / "checkpoints" / "LAST").read_text().strip() == "step_00000060"
@@ -109,7 +112,7 @@ def test_the_tokenizer_is_uploaded_and_the_decoder_takes_its_hub_id(trained, tmp
         run(trained, "decoder", *again, f'train.save_dir_root = "{tmp_path}/computed"')
         states = [tmp_path / name / "checkpoints" / "step_00000002" / "state.json" for name in ("decoder", "computed")]
         assert len({json.loads(state.read_text())["config"]["semantic_ids"] for state in states}) == 1
-        with pytest.raises(ValueError, match="reads 8 features an item, train.features .* gives 5"):
+        with pytest.raises(ValueError, match=r"trained with tfidf-svd\(dim=8.*train.features is tfidf-svd\(dim=5"):
             run(trained, "decoder", *again, "TfidfSvd.dim = 5", f'train.save_dir_root = "{tmp_path}/other"')
         del hub.repositories["owner/beauty"]["main"]["features.npy"]
         with pytest.raises(FileNotFoundError, match="no features.npy in the Hub repository 'owner/beauty'"):

@@ -2,12 +2,18 @@
 
 import json
 
-USAGE = """```python
+MODEL = """```python
 from modules.rqvae import RqVae
-from modules.tokenizer.semids import SemanticIds
 
-tokenizer = RqVae.from_pretrained("<this repository or folder>")
-codes = tokenizer.codes(features)  # [N, {input_dim}] float32 -> [N, {n_layers}] int64
+model = RqVae.from_pretrained("<this repository or folder>")
+codes = model.codes(features)  # [N, {input_dim}] float32 -> [N, {n_layers}] int64
+```"""
+
+TOKENIZER = """```python
+from modules.tokenizer.tokenizer import Tokenizer
+
+tokenizer = Tokenizer.from_pretrained("<this repository or folder>")
+codes = tokenizer.encode([{{"key": "my item", "text": "Its title and description"}}])  # [1, {n_layers}] int64
 ```"""
 
 STATISTICS = """`unique_share`, `largest_group` and the losses are by the nearest codes, `id_*` and `neighbours_*` by
@@ -15,7 +21,8 @@ the IDs, in which items with the same nearest codes were given different last co
 
 FILES = """`semantic_ids.safetensors` holds the IDs of the dataset's items (`SemanticIds.load`), `features.npy` the
 features that describe the items, as the encoder sees them (`load_item_features`). Features made of interactions are
-not in it; if there are no others, there is no such file."""
+not in it; if there are no others, there is no such file. `sources.json` and `sources.safetensors` hold what makes the
+features of any item."""
 
 
 def model_card(
@@ -35,7 +42,7 @@ def model_card(
     ]
     lines += ["Gives items semantic IDs: {n_layers} codes, each one of {codebook_size}.".format(**config), ""]
     lines += [f"- Dataset: {dataset or 'not recorded'}", f"- Item features: {features or 'not recorded'}", ""]
-    lines += [USAGE.format(**config), ""]
+    lines += [(TOKENIZER if dataset else MODEL).format(**config), ""]
     if dataset is not None:
         lines += [FILES, ""]
     if statistics:

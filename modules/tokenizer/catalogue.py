@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from data.corpus import Corpus
 from data.features import ItemFeatures
+from data.items import Items
+from data.sources import SOURCES, STATES, FittedSources
 from data.stream import stream
 from modules.loss import reconstruction_loss
+from modules.pretrained import resolve
 from modules.rqvae import RqVae
-from modules.tokenizer.semids import SemanticIds, features_digest, load_item_features
-from modules.tokenizer.separate import separate, surplus
+from modules.tokenizer.semids import IDS, SemanticIds, features_digest, load_item_features, rank_within_equal
+from modules.tokenizer.separate import number_groups, separate, surplus
 
 MAX_CANDIDATES = 32  # nearest last codes that an item may be moved to
 
@@ -85,11 +88,51 @@ def encoder_features(
     return values
 
 
+@torch.no_grad()
+def extended_ids(model: RqVae, ids: SemanticIds, item_keys: list[str], x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Codes of a catalogue that has changed since `ids`: items that were there keep theirs, the others get the nearest.
+
+    New items that share all L codes with another move as in `catalogue_codes`, if the model separates; those that still
+    do get the next free number on the extra level, which is added if `ids` has none.
+    Shape: item_keys [N], x [M, input_dim] features of those that are new, in order -> codes [N, L'] int64 on the CPU,
+    and the level sizes.
+    """
+    row = {key: n for n, key in enumerate(ids.item_keys)}
+    rows = torch.tensor([row.get(key, -1) for key in item_keys])
+    n_levels, new = model.config["n_layers"], (rows < 0).nonzero()[:, 0]
+    codes, rank = ids.codes[rows.clamp_min(0), :n_levels], torch.zeros(len(rows), dtype=torch.int64)
+    if ids.codes.shape[1] > n_levels:
+        rank = ids.codes[rows.clamp_min(0), n_levels]
+    if len(new):
+        codes[new] = model.codes(x)
+    if model.config["separate_collisions"] and len(new):
+        exact, size = model.exact().cpu(), model.config["codebook_size"]
+        residual = exact.get_semantic_ids(x.cpu().double()).residuals[..., -1]
+        near, order = exact.layers[-1].ranked(residual, min(MAX_CANDIDATES, size))
+        distance = torch.full((len(rows),), -1.0, dtype=near.dtype).index_copy(0, new, near[:, 0])
+        moving = surplus(codes, distance)
+        moving = moving[rows[moving] < 0]
+        codes = separate(codes, moving, order[torch.searchsorted(new, moving)], size)
+    group, old = number_groups(codes), rows >= 0
+    highest = torch.full((len(rows),), -1).scatter_reduce(0, group[old], rank[old], "amax")
+    rank[new] = highest[group[new]] + 1 + rank_within_equal(codes[new])
+    sizes = (model.config["codebook_size"],) * n_levels
+    last = max([*ids.level_sizes[n_levels:], int(rank.max()) + 1])
+    return (torch.cat([codes, rank[:, None]], 1), (*sizes, last)) if last > 1 else (codes, sizes)
+
+
 def make_ids(
     model: RqVae, codes: Tensor, corpus: Corpus, features: str, split: str, item_features: np.ndarray | None
 ) -> SemanticIds:
-    """Unique IDs from a catalogue's codes [N, L]; features: the identity of what the model read, of the training
-    data of `split`; item_features: [N, D], its `encoder_features`, or None."""
+    """Unique IDs from a catalogue's codes [N, L]; features, split, item_features: see `identity_of`."""
+    identity = identity_of(model, features, split, item_features)
+    size = model.config["codebook_size"]
+    return SemanticIds.from_codes(codes, size, corpus.item_keys, corpus.name, corpus.hash, identity)
+
+
+def identity_of(model: RqVae, features: str, split: str, item_features: np.ndarray | None) -> dict[str, str]:
+    """What made IDs. features: the identity of what the model read, of the training data of `split`; item_features:
+    [N, D], its `encoder_features`, or None."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -101,8 +144,7 @@ def make_ids(
     }
     if item_features is not None:
         identity["item_features"] = features_digest(item_features)
-    size = model.config["codebook_size"]
-    return SemanticIds.from_codes(codes, size, corpus.item_keys, corpus.name, corpus.hash, identity)
+    return identity
 
 
 @dataclass(frozen=True)
@@ -119,31 +161,82 @@ def load_or_make_ids(
     corpus: Corpus,
     features: Callable[[], Described] | None,
     device: torch.device,
+    encode: bool = False,
+    text_model: str | None = None,
 ) -> tuple[SemanticIds, np.ndarray | None]:
-    """The IDs at `path` (run or tokenizer folder, IDs file, Hub id at `revision`); with features, those that the
-    tokenizer there (folder, `.pt` checkpoint, Hub id) gives the corpus. Beside them the item features that they were
-    made of, [N, D] float16 as the tokenizer's encoder sees them, without those from interactions; None where there are
-    none.
+    """The IDs at `path` (run or tokenizer folder, IDs file, Hub id at `revision`); with encode or features, those that
+    the tokenizer there (folder, `.pt` checkpoint, Hub id) gives the corpus. Beside them the item features that they
+    were made of, [N, D] float16 as the tokenizer's encoder sees them, without those from interactions; None where there
+    are none.
 
-    features: computes what the tokenizer reads. Raises what `SemanticIds.load`, `load_item_features` and
-    `RqVae.from_pretrained` raise, and ValueError where the IDs are of another corpus or the features are not those the
-    tokenizer reads.
+    encode: by the tokenizer's own feature sources; see `encode_corpus`, and for text_model `FittedSources.load`.
+    features: computes what a tokenizer without sources of its own reads. Raises what `SemanticIds.load`,
+    `load_item_features`, `RqVae.from_pretrained` and `FittedSources.load` raise, and ValueError where the IDs are of
+    another corpus or the features are not those that the tokenizer reads.
     """
-    if features is None:
+    if features is None and not encode:
         if str(path).endswith(".pt"):
             raise ValueError(f"'{path}' is a tokenizer without semantic IDs: set train.features to what it reads.")
         semantic_ids = SemanticIds.load(path, revision)
         semantic_ids.check_corpus(corpus.name, corpus.hash)
         return semantic_ids, load_item_features(path, revision, semantic_ids)
-    folder = Path(path) / "tokenizer"
-    model = RqVae.from_pretrained(folder if folder.is_dir() else path, revision=revision).to(device)
-    described = features()
+    path = folder if (folder := Path(path) / "tokenizer").is_dir() else path
+    model = RqVae.from_pretrained(path, revision=revision).to(device)
+    ids = SemanticIds.load(path, revision) if beside(path, revision, IDS) else None
+    sources = None
+    if beside(path, revision, SOURCES):
+        sources = FittedSources.load(resolve(path, revision, (SOURCES, STATES)), text_model)
+    elif features is None:
+        raise ValueError(f"The tokenizer '{path}' brings no feature sources: set train.features to what it reads.")
+    made = ids.tokenizer if ids else {}
+    if features is not None:
+        described = features()
+        check_features(path, model, sources.identity if sources else made.get("features"), described.features)
+    if sources is not None:
+        return encode_corpus(model, sources, ids, corpus)
     read = described.features
-    if read.values.shape[1] != model.config["input_dim"]:
-        raise ValueError(
-            f"The tokenizer '{path}' reads {model.config['input_dim']} features an item, train.features "
-            f"({read.identity}) gives {read.values.shape[1]}."
-        )
     x = torch.from_numpy(read.values)
     codes, seen = catalogue_codes(model, x), encoder_features(model, x, ~read.from_interactions)
-    return make_ids(model, codes, corpus, read.identity, described.split, seen), seen
+    return make_ids(model, codes, corpus, read.identity, made.get("split", described.split), seen), seen
+
+
+def encode_corpus(
+    model: RqVae, sources: FittedSources, ids: SemanticIds | None, corpus: Corpus
+) -> tuple[SemanticIds, np.ndarray | None]:
+    """What `load_or_make_ids` returns, by the tokenizer's own sources; ids: those it came with.
+
+    In a corpus of the same name, items with IDs keep them. Another corpus' items are all new, whatever their keys.
+    """
+    items, same = Items.of(corpus), corpus.name == sources.corpus_name
+    if not same:  # equal keys mean other items there
+        items = replace(items, keys=[f"{corpus.name}/{key}" for key in items.keys])
+    x = torch.from_numpy(sources.transform(items))
+    seen = encoder_features(model, x, ~sources.from_interactions)
+    if ids is None or not same:
+        return make_ids(model, catalogue_codes(model, x), corpus, sources.identity, sources.split, seen), seen
+    new = ~np.isin(corpus.item_keys, ids.item_keys)
+    codes, sizes = extended_ids(model, ids, corpus.item_keys, x[torch.from_numpy(new)])
+    identity = identity_of(model, sources.identity, sources.split, seen)
+    return SemanticIds(codes, sizes, corpus.item_keys, corpus.name, corpus.hash, identity), seen
+
+
+def beside(path: str | Path, revision: str | None, name: str) -> bool:
+    """Whether a local folder or a Hub repository holds a file."""
+    try:
+        return (resolve(path, revision, (name,)) / name).is_file()
+    except FileNotFoundError:
+        return False
+
+
+def check_features(path: str | Path, model: RqVae, trained_with: str | None, given: ItemFeatures) -> None:
+    """ValueError that names both sides where a tokenizer was trained with other features than those given."""
+    if trained_with not in (None, given.identity):
+        raise ValueError(
+            f"The tokenizer '{path}' was trained with {trained_with}, train.features is {given.identity}: bind what "
+            "the tokenizer was trained with."
+        )
+    if given.values.shape[1] != model.config["input_dim"]:
+        raise ValueError(
+            f"The tokenizer '{path}' reads {model.config['input_dim']} features an item, train.features "
+            f"({given.identity}) gives {given.values.shape[1]}."
+        )

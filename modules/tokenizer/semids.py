@@ -80,8 +80,9 @@ class SemanticIds:
         if corpus_hash != self.corpus_hash:
             raise ValueError(
                 f"The semantic IDs were made for corpus '{self.corpus_name}' ({self.corpus_hash}), the data is corpus "
-                f"'{corpus_name}' ({corpus_hash}). Train a tokenizer on this corpus with train_rqvae.py, or point "
-                f"train.pretrained_rqvae_path at the one that belongs to it."
+                f"'{corpus_name}' ({corpus_hash}). Train a tokenizer on this corpus with train_rqvae.py, point "
+                "train.pretrained_rqvae_path at the one that belongs to it, or set train.encode_catalogue = True, by "
+                "which this tokenizer gives the items of this corpus their IDs."
             )
 
     def save(self, path: str | Path) -> None:
@@ -168,7 +169,7 @@ def _find(path: str | Path, revision: str | None, *beside: str) -> Path:
     missing = (
         f"No semantic IDs at '{path}': expected a file, a folder with {IDS} or tokenizer/{IDS}, or a Hub "
         "repository (owner/name) with it. Train a tokenizer first (train_rqvae.py), correct "
-        "train.pretrained_rqvae_path, or set train.features to what the tokenizer there reads."
+        "train.pretrained_rqvae_path, or set train.encode_catalogue = True if a tokenizer without IDs lies there."
     )
     try:
         local = resolve(path, revision, (IDS, *beside))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from data.cooccurrence import CoOccurrenceSvd, cooccurrence_counts
 from data.corpus import Corpus
 from data.features import item_features
+from data.items import Items
 from data.schemas import Interactions
 
 N_ITEMS = 8
@@ -21,6 +22,10 @@ def make(rows: list[list[int]], n_items: int = N_ITEMS) -> Corpus:
     interactions = Interactions(torch.tensor([item for row in rows for item in row], dtype=torch.int32), offsets)
     keys = [f"i{n}" for n in range(n_items)]
     return Corpus.build("tiny", interactions, keys, [f"u{n}" for n in range(len(rows))], keys, [[]] * n_items)
+
+
+def vectors(source: CoOccurrenceSvd, corpus: Corpus, lengths: torch.Tensor) -> np.ndarray:
+    return source.transform(source.fit(corpus, lengths), Items.of(corpus))
 
 
 def counts_by_hand(rows: list[list[int]], n_items: int, window: int) -> np.ndarray:
@@ -72,7 +77,7 @@ def random_rows(seed: int, n_items: int, n_users: int = 30) -> list[list[int]]:
 def test_vectors_are_those_of_the_dense_decomposition(n_items, dim):
     rows = random_rows(n_items, n_items)
     lengths = torch.tensor([len(row) - 2 for row in rows])
-    values = CoOccurrenceSvd(dim, window=3)(make(rows, n_items), lengths)
+    values = vectors(CoOccurrenceSvd(dim, window=3), make(rows, n_items), lengths)
     assert values.shape == (n_items, dim) and values.dtype == np.float32
     counts = counts_by_hand([row[:-2] for row in rows], n_items, window=3)
     expected = vectors_by_hand(counts, dim)
@@ -82,8 +87,10 @@ def test_vectors_are_those_of_the_dense_decomposition(n_items, dim):
 def test_items_that_training_never_shows_are_zero_and_do_not_shift_the_others():
     rows = random_rows(1, n_items=8)
     lengths = torch.tensor([len(row) for row in rows])
-    wide = CoOccurrenceSvd(6, window=2)(make([[3 + item for item in row] for row in rows], n_items=13), lengths)
-    narrow = CoOccurrenceSvd(6, window=2)(make(rows, n_items=8), lengths)
+    wide = vectors(
+        CoOccurrenceSvd(6, window=2), make([[3 + item for item in row] for row in rows], n_items=13), lengths
+    )
+    narrow = vectors(CoOccurrenceSvd(6, window=2), make(rows, n_items=8), lengths)
     assert not wide[:3].any() and not wide[11:].any()
     np.testing.assert_allclose(wide[3:11] @ wide[3:11].T, narrow @ narrow.T, atol=1e-5)
     np.testing.assert_allclose(narrow.mean(0), 0, atol=1e-6)
@@ -96,18 +103,20 @@ def test_validation_and_test_interactions_are_never_read(tmp_path):
     source = CoOccurrenceSvd(5)
     made = [item_features(make(kind, 20), [source], str(tmp_path), lengths) for kind in (rows, changed)]
     built = [features.values for features in made]
+    by_key = made[0].fitted.transform(Items(["i3", "new", "i0"], [""] * 3, [[]] * 3))
+    np.testing.assert_array_equal(by_key, [built[0][3], np.zeros(5), built[0][0]])
     assert made[0].from_interactions.tolist() == [True] * 5
-    assert len(list((tmp_path / "features/tiny").iterdir())) == 2, "computed for each corpus"
+    assert len(list((tmp_path / "features/tiny").glob("*.npy"))) == 2, "computed for each corpus"
     assert np.array_equal(*built)
-    everything = source(make(rows, 20), lengths + 2)
-    assert not np.array_equal(everything, source(make(changed, 20), lengths + 2)), "but read as training data"
+    everything = vectors(source, make(rows, 20), lengths + 2)
+    assert not np.array_equal(everything, vectors(source, make(changed, 20), lengths + 2)), "but read as training data"
 
 
 def test_vectors_are_deterministic_and_cached_by_content(tmp_path):
     corpus = make(random_rows(3, n_items=20), 20)
     lengths = corpus.interactions.offsets.diff()
     source = CoOccurrenceSvd(5)
-    assert np.array_equal(source(corpus, lengths), source(corpus, lengths))
+    assert np.array_equal(vectors(source, corpus, lengths), vectors(source, corpus, lengths))
     variants = [
         (source, lengths),
         (source, lengths - 1),
@@ -116,22 +125,22 @@ def test_vectors_are_deterministic_and_cached_by_content(tmp_path):
     ]
     for variant, cut in [*variants, *variants]:
         item_features(corpus, [variant], str(tmp_path), cut)
-    assert len(list((tmp_path / "features/tiny").iterdir())) == len(variants)
+    assert len(list((tmp_path / "features/tiny").glob("*.npy"))) == len(variants)
     items = corpus.interactions.items
     corpus.interactions = replace(corpus.interactions, items=items.flip(0))  # as a split may put ties in another order
     item_features(corpus, [source], str(tmp_path), lengths)
-    assert len(list((tmp_path / "features/tiny").iterdir())) == len(variants) + 1
+    assert len(list((tmp_path / "features/tiny").glob("*.npy"))) == len(variants) + 1
 
 
 @pytest.mark.parametrize("dim", [0, 8, 128])
 def test_dimensions_that_do_not_fit_are_refused(dim):
     corpus = make(random_rows(4, N_ITEMS))
     with pytest.raises(ValueError, match=f"dim = {dim} does not fit 8 items: the largest possible value is 7"):
-        CoOccurrenceSvd(dim)(corpus, corpus.interactions.offsets.diff())
+        CoOccurrenceSvd(dim).fit(corpus, corpus.interactions.offsets.diff())
 
 
 @pytest.mark.parametrize("rows", [[[0], [1]], [[2, 2, 2]]])
 def test_data_in_which_nothing_goes_together_are_refused(rows):
     corpus = make(rows)
     with pytest.raises(ValueError, match="no items in the training data that go together"):
-        CoOccurrenceSvd(3)(corpus, corpus.interactions.offsets.diff())
+        CoOccurrenceSvd(3).fit(corpus, corpus.interactions.offsets.diff())

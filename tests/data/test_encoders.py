@@ -13,8 +13,18 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from data.encoders import SentenceEncoder, TfidfSvd
+from data.items import Items
 from data.processed import RecDataset, load_corpus
-from tests.data.test_features import TEXTS
+from tests.data.test_features import TEXTS, make
+
+
+def of(texts: list[str]) -> Items:
+    return Items(texts, texts, [[]] * len(texts))
+
+
+def encoded(encoder: TfidfSvd, texts: list[str]) -> np.ndarray:
+    """The vectors of the texts that the encoder is fitted to."""
+    return encoder.transform(encoder.fit(make(texts), None), of(texts))
 
 
 def tfidf_by_hand(texts: list[str], min_df: int) -> np.ndarray:
@@ -35,7 +45,7 @@ def tfidf_by_hand(texts: list[str], min_df: int) -> np.ndarray:
 
 
 def test_tfidf_svd_is_the_projection_on_the_leading_singular_vectors():
-    values = TfidfSvd(dim=3, ngrams=2, min_df=2).encode(TEXTS)
+    values = encoded(TfidfSvd(dim=3, ngrams=2, min_df=2), TEXTS)
     assert values.shape == (7, 3) and values.dtype == np.float32
     left, singular, _ = np.linalg.svd(tfidf_by_hand(TEXTS, min_df=2), full_matrices=False)
     expected = left[:, :3] * singular[:3]
@@ -46,33 +56,33 @@ def test_tfidf_svd_is_the_projection_on_the_leading_singular_vectors():
 
 def test_what_the_components_do_not_see_is_zero_and_not_amplified_rounding_error():
     texts = ["red ball"] * 5 + ["blue chess"] * 2
-    values = TfidfSvd(dim=1).encode(texts)
+    values = encoded(TfidfSvd(dim=1), texts)
     np.testing.assert_allclose(np.abs(values[:, 0]), [1, 1, 1, 1, 1, 0, 0], atol=1e-6)
 
 
 def test_tfidf_svd_is_deterministic(tmp_path):
     texts = load_corpus(RecDataset.SAMPLE, str(tmp_path)).texts()[:800]
     encoder = TfidfSvd(dim=32)
-    values = encoder.encode(texts)
-    assert np.array_equal(values, encoder.encode(texts))
+    values = encoded(encoder, texts)
+    assert np.array_equal(values, encoded(encoder, texts))
     with threadpool_limits(1):
-        np.testing.assert_allclose(encoder.encode(texts), values, atol=1e-6)
+        np.testing.assert_allclose(encoded(encoder, texts), values, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(values, axis=1)[values.any(axis=1)], 1, atol=1e-6)
 
 
 def test_the_largest_dim_is_named_and_works():
     with pytest.raises(ValueError, match=r"TfidfSvd.dim = 256 .*the largest possible value is (\d+)") as raised:
-        TfidfSvd().encode(TEXTS)
+        encoded(TfidfSvd(), TEXTS)
     largest = int(str(raised.value).rpartition(" ")[2])
-    assert TfidfSvd(dim=largest).encode(TEXTS).shape == (7, largest)
+    assert encoded(TfidfSvd(dim=largest), TEXTS).shape == (7, largest)
     for dim in (largest + 1, 0):
         with pytest.raises(ValueError, match=f"the largest possible value is {largest}"):
-            TfidfSvd(dim=dim).encode(TEXTS)
+            encoded(TfidfSvd(dim=dim), TEXTS)
 
 
 def test_texts_without_terms_are_refused():
     with pytest.raises(ValueError, match="finds no terms in 2 texts"):
-        TfidfSvd(dim=1).encode(["one", "two"])
+        encoded(TfidfSvd(dim=1), ["one", "two"])
 
 
 def test_the_identity_holds_every_parameter_and_gin_sets_them():
@@ -137,6 +147,15 @@ def test_a_local_model_is_known_by_its_files(tmp_path, model_folder):
     assert SentenceEncoder(str(copy)).identity != encoder.identity
 
 
+def test_other_texts_are_projected_on_the_fitted_components():
+    state = (encoder := TfidfSvd(dim=3)).fit(make(), None)
+    together = encoder.transform(state, of([*TEXTS, "blue red ball of chess", "words nobody knows"]))
+    np.testing.assert_array_equal(together[:7], encoded(encoder, TEXTS))
+    alone = encoder.transform(state, of(["blue red ball of chess"]))
+    np.testing.assert_array_equal(alone[0], together[7])
+    assert not together[8].any() and encoder.transform(state, of([])).shape == (0, 3)
+
+
 @pytest.mark.parametrize("model", ["/not/there", "some/model"])
 def test_a_model_that_cannot_be_loaded_is_one_clear_error(monkeypatch, model):
     import sentence_transformers
@@ -168,6 +187,26 @@ def test_precision_normalization_and_prompt(model_folder):
     assert plain.identity == SentenceEncoder(model, batch_size=2, chunk_items=3, device="cpu").identity
     with pytest.raises(ValueError, match="one of float32, bfloat16, float16, not 'int8'"):
         SentenceEncoder(model, precision="int8")
+
+
+def test_the_settings_name_the_model_and_what_was_read_of_it(monkeypatch, model_folder, tmp_path):
+    folder = model_folder / "whole"
+    monkeypatch.chdir(model_folder)
+    local = SentenceEncoder("whole", device="cpu", prompt="red ")
+    again = SentenceEncoder(**local.settings)
+    assert (again.model, again.prompt, again.device) == (str(folder.resolve()), "red ", None)
+    assert again.identity == local.identity
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot / "modules.json").write_text("[]")
+    for name, commit in (("main", "c0ffee"), ("old", "beef")):
+        (tmp_path / "models--owner--name" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--owner--name" / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub = SentenceEncoder("owner/name")
+    assert hub.settings["revision"] == "c0ffee" and SentenceEncoder(**hub.settings).identity == "owner/name"
+    assert SentenceEncoder("owner/name", revision="old").settings["revision"] == "old", "not fetched"
+    assert SentenceEncoder("owner/name", "old").content(make(), None) != hub.content(make(), None)
 
 
 def test_a_catalogue_is_encoded_in_chunks(tmp_path, model_folder):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data.corpus import Corpus
-from data.encoders import TextEncoder, TfidfSvd
+from data.encoders import TfidfSvd
 from data.features import FeatureSource, ItemFeatures, item_features
+from data.items import Items
 from data.processed import RecDataset, load_corpus
 from data.schemas import Interactions
 
@@ -38,18 +39,25 @@ def compute(corpus: Corpus, sources: list[FeatureSource], folder: Path, **option
 
 
 @dataclass
-class Lengths(TextEncoder):
-    """A text encoder that counts its calls."""
+class Lengths:
+    """A source that counts its calls."""
 
+    from_interactions = False
     identity: str = "lengths"
     output: np.ndarray | None = None
     calls: list[list[str]] = field(default_factory=list)
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        self.calls.append(texts)
+    def content(self, corpus: Corpus, train_lengths: torch.Tensor) -> str:
+        return corpus.text_hash
+
+    def fit(self, corpus: Corpus, train_lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"rows": torch.tensor(corpus.n_items)}
+
+    def transform(self, state: dict[str, torch.Tensor], items: Items) -> np.ndarray:
+        self.calls.append(items.texts)
         if self.output is not None:
             return self.output
-        return np.array([[len(text), text.count(" ")] for text in texts], dtype=np.float32)
+        return np.array([[len(text), text.count(" ")] for text in items.texts], dtype=np.float32)
 
 
 def test_features_are_encoded_once_and_memory_mapped(tmp_path):
@@ -63,8 +71,10 @@ def test_features_are_encoded_once_and_memory_mapped(tmp_path):
     np.testing.assert_array_equal(second.values, first.values)
     compute(make(), [encoder], tmp_path, force=True)
     assert len(encoder.calls) == 2
-    files = list((tmp_path / "features/tiny").iterdir())
-    assert [re.fullmatch(r"lengths-[0-9a-f]{16}\.npy", path.name) is not None for path in files] == [True]
+    files = sorted(path.name for path in (tmp_path / "features/tiny").iterdir())
+    assert re.fullmatch(r"lengths-([0-9a-f]{16})\.npy lengths-\1\.safetensors", " ".join(files))
+    (tmp_path / "features/tiny" / files[1]).unlink()
+    assert compute(make(), [encoder], tmp_path).fitted.states[0]["rows"] == 7 and len(encoder.calls) == 3
 
 
 def test_a_corpus_that_is_built_again_keeps_its_features(tmp_path):
@@ -92,7 +102,7 @@ def test_other_texts_or_another_encoder_are_not_served_the_old_features(tmp_path
     compute(make(), [encoder], tmp_path)
     assert len(encoder.calls) == 1
     names = sorted(path.name for path in (tmp_path / "features/tiny").iterdir())
-    assert len(names) == 3 and names[-1].startswith("lengths-of-another-kind-")
+    assert len(names) == 6 and names[-1].startswith("lengths-of-another-kind-")
 
 
 @dataclass
@@ -107,8 +117,11 @@ class Lookup:
     def content(self, corpus: Corpus, train_lengths: torch.Tensor) -> str:
         return f"{corpus.hash} {train_lengths.tolist()}"
 
-    def __call__(self, corpus: Corpus, train_lengths: torch.Tensor) -> np.ndarray:
+    def fit(self, corpus: Corpus, train_lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         self.calls.append((corpus, train_lengths))
+        return {}
+
+    def transform(self, state: dict[str, torch.Tensor], items: Items) -> np.ndarray:
         return self.output
 
 
@@ -197,7 +210,7 @@ def test_a_crash_while_writing_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"half", "cut", "other rows", "other dtype"])
 def test_a_damaged_cached_file_is_named(tmp_path, content):
     compute(make(), [Lengths()], tmp_path)
-    (path,) = (tmp_path / "features/tiny").iterdir()
+    (path,) = (tmp_path / "features/tiny").glob("*.npy")
     if content == "cut":
         path.write_bytes(path.read_bytes()[:-4])
     elif content in ("other rows", "other dtype"):
@@ -207,6 +220,12 @@ def test_a_damaged_cached_file_is_named(tmp_path, content):
     with pytest.raises(ValueError, match="delete it") as raised:
         compute(make(), [Lengths()], tmp_path)
     assert str(path) in str(raised.value)
+    path.unlink()
+    (state,) = (tmp_path / "features/tiny").glob("*.safetensors")
+    compute(make(), [Lengths()], tmp_path)
+    state.write_bytes(b"half")
+    with pytest.raises(ValueError, match=f"{state} can't be read .*delete it"):
+        compute(make(), [Lengths()], tmp_path)
 
 
 def test_cached_features_need_no_library_that_made_them(tmp_path):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules import recommender as module
 from data.corpus import title
+from modules import recommender as module
 from modules.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds
 from tests.modules.helpers import dense_log_probs, dense_queries, make_model, random_catalogue

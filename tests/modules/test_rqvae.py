@@ -241,3 +241,20 @@ def test_options_that_do_not_fit_are_refused(options, message):
 def test_too_few_rows_for_the_codebooks_are_refused():
     with pytest.raises(ValueError, match="needs at least 5 rows; there are 4"):
         make().initialize(make_x(4), seeded(0))
+
+
+def test_what_interactions_say_is_hidden_from_the_encoder_and_restored_by_the_decoder():
+    mask, x, seen = np.array([False, True, True, False, False, False]), torch.randn(4000, 6), []
+    options = {"embed_dim": 3, "hidden_dims": (5,), "codebook_size": 4, "standardize": "none"}
+    model = RqVae(6, **options, drop_interactions=0.3, from_interactions=mask)
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    errors = model.train().row_losses(x)[0]
+    gone = (seen[0][:, mask] == 0).all(1)
+    assert float(gone.double().mean()) == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(seen[0][~gone], x[~gone]) and torch.equal(seen[0][:, ~mask], x[:, ~mask])
+    decoded = model.decoder(model.quantize(model.encoder(seen[0])).embeddings.sum(-1))
+    torch.testing.assert_close(errors, (decoded - x).square().sum(1))
+    model.eval().row_losses(x)
+    assert torch.equal(seen[-1], x) and "from_interactions" not in model.state_dict()
+    with pytest.raises(ValueError, match="RqVae.drop_interactions is 1.0"):
+        RqVae(6, drop_interactions=1.0)

@@ -4,14 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from data.cooccurrence import CoOccurrenceSvd
 from data.corpus import Corpus
+from data.encoders import TfidfSvd
 from data.features import ItemFeatures
 from data.schemas import Interactions
+from data.sources import FittedSources
 from modules.rqvae import RqVae
 from modules.tokenizer.catalogue import (
     Described,
     catalogue_codes,
     encoder_features,
+    extended_ids,
     load_or_make_ids,
     reconstruction_error,
 )
@@ -115,6 +119,32 @@ def test_a_checkpoint_without_ids_needs_features():
         load_or_make_ids("old.pt", None, None, None, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("dead", [0, 40])
+def test_new_items_get_free_ids_near_their_own_and_old_ones_keep_theirs(separate, dead):
+    """Against a loop that gives one new item after the other its ID."""
+    model, x = make(separate_collisions=separate)
+    old, new = list(range(dead, 200)), list(range(200, 300))
+    ids = SemanticIds.from_codes(catalogue_codes(model, x[:200]), 16, [f"i{n}" for n in range(200)], "tiny", "", {})
+    keys = [f"i{n}" for n in [*new[:50], *old, *new[50:]]]
+    codes, sizes = extended_ids(model, ids, keys, x[new])
+    assert bool((codes >= 0).all()) and bool((codes < torch.tensor(sizes)).all())
+    assert len(codes.unique(dim=0)) == len(keys)
+    now, nearest = {key: tuple(row) for key, row in zip(keys, codes.tolist(), strict=True)}, model.codes(x)
+    extra = (0,) * (codes.shape[1] - ids.codes.shape[1])
+    assert all(now[f"i{n}"] == (*ids.codes[n].tolist(), *extra) for n in old)
+    taken = [now[f"i{n}"] for n in old]
+    for n in new:
+        assert now[f"i{n}"][:2] == tuple(nearest[n, :2].tolist())
+        if now[f"i{n}"][2] != nearest[n, 2]:
+            assert separate and [*now.values()].count((*nearest[n].tolist(), *now[f"i{n}"][3:])) == 1
+    if not separate:
+        for n in new:
+            group = [row[3] for row in taken if row[:3] == tuple(nearest[n].tolist())]
+            assert now[f"i{n}"][3] == max(group, default=-1) + 1
+            taken.append(now[f"i{n}"])
+
+
 @pytest.mark.parametrize("chosen", [[], [0, 3], [0, 1, 2, 3, 4, 5]])
 def test_ids_made_of_features_come_with_those_that_describe_the_items(tmp_path, chosen):
     model, x = make()
@@ -122,10 +152,12 @@ def test_ids_made_of_features_come_with_those_that_describe_the_items(tmp_path, 
     keys = [f"i{n}" for n in range(len(x))]
     interactions = Interactions(torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1]))
     corpus = Corpus.build("tiny", interactions, keys, ["u"], keys, [[]] * len(x))
-    features = ItemFeatures(x.numpy(), 0, "some source", ~np.isin(np.arange(6), chosen))
+    sources = [CoOccurrenceSvd(1) if n not in chosen else TfidfSvd(1) for n in range(6)]
+    names = [source.identity for source in sources]
+    features = ItemFeatures(x.numpy(), FittedSources(sources, [{}] * 6, [1.0] * 6, [1] * 6, names, "tiny", ""))
     ids, seen = load_or_make_ids(tmp_path, None, corpus, lambda: Described(features, "a split"), torch.device("cpu"))
     assert torch.equal(ids.codes[:, :3], catalogue_codes(model, x)), "all columns make the IDs"
-    assert (ids.tokenizer["features"], ids.tokenizer["split"]) == ("some source", "a split")
+    assert (ids.tokenizer["features"], ids.tokenizer["split"]) == (" + ".join(names), "a split")
     if chosen:
         np.testing.assert_allclose(seen, model.normalized(x)[:, chosen], rtol=2**-10, atol=1e-5)
         assert ids.tokenizer["item_features"] == features_digest(seen)

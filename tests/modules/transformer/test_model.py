@@ -78,7 +78,11 @@ def test_both_stacks_are_those_of_t5():
     encoded = encoder(history)
     view = MemoryView(torch.arange(len(LENGTHS) + 1), 1, torch.tensor(LENGTHS).repeat_interleave(4))
     decoded, _ = decoder(targets, decoder.memory(encoded), view)
-    expected = oracle(inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length, 3.0), attention_mask=mask, decoder_inputs_embeds=targets)
+    expected = oracle(
+        inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length, 3.0),
+        attention_mask=mask,
+        decoder_inputs_embeds=targets,
+    )
     # T5 normalizes and takes its softmax in float32, whatever the weights.
     torch.testing.assert_close(encoded.values, expected.encoder_last_hidden_state[mask], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(decoded, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
@@ -92,7 +96,9 @@ def test_the_causal_encoder_is_the_self_attention_of_the_decoder_of_t5():
     oracle.block[0].layer[0].SelfAttention.relative_attention_bias.weight.copy_(encoder.bias.table.weight)
     history = random_rows(LENGTHS)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    expected = oracle(inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length, 3.0), attention_mask=mask).last_hidden_state
+    expected = oracle(
+        inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length, 3.0), attention_mask=mask
+    ).last_hidden_state
     torch.testing.assert_close(encoder(history).values, expected[mask], rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,63 @@
+"""Items as feature sources read them, and tables of vectors by item key."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.corpus import Corpus
+from data.strings import pack_strings, unpack_strings
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class Items:
+    """M items. keys, texts: [M]. categories: [M] lists of names. vectors: [M, D] float32 that came with them, or
+    None."""
+
+    keys: list[str]
+    texts: list[str]
+    categories: list[list[str]]
+    vectors: np.ndarray | None = None
+
+    @staticmethod
+    def of(corpus: Corpus) -> "Items":
+        """All items of a corpus, in order."""
+        return Items(corpus.item_keys, corpus.texts(), corpus.items["categories"].to_list())
+
+    @staticmethod
+    def read(items: "pl.DataFrame | Sequence[Mapping]") -> "Items":
+        """From a frame or from one mapping an item: key and text (str), and where there are any, categories (list of
+        str) and vector (list of numbers, for the source `Vectors`). Raises ValueError that names item and field."""
+        rows = items if isinstance(items, Sequence) else items.to_dicts()
+        for number, row in enumerate(rows):
+            for field in ("key", "text"):
+                if not isinstance(row.get(field), str):
+                    raise ValueError(f"item {number}: {field!r} must be a text, it is {row.get(field)!r}")
+            groups = row.get("categories") or []
+            if isinstance(groups, str) or not all(isinstance(name, str) for name in groups):
+                raise ValueError(f"item {row['key']!r}: 'categories' must be a list of texts, it is {groups!r}")
+        keys, texts = ([row[field] for row in rows] for field in ("key", "text"))
+        vectors = [row.get("vector") for row in rows]
+        given = np.array(vectors, dtype=np.float32) if rows and None not in vectors else None
+        return Items(keys, texts, [list(row.get("categories") or []) for row in rows], given)
+
+
+def vector_table(keys: list[str], vectors: np.ndarray) -> dict[str, Tensor]:
+    """Vectors [N, D] of items by key, as tensors for a safetensors file."""
+    data, offsets = pack_strings(keys)
+    return {"vectors": torch.from_numpy(np.ascontiguousarray(vectors)), "keys.bytes": data, "keys.offsets": offsets}
+
+
+def look_up(table: dict[str, Tensor], keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors of items [M, D], zeros where the table has none, and which it has, [M] bool."""
+    row = {key: n for n, key in enumerate(unpack_strings(table["keys.bytes"], table["keys.offsets"]))}
+    rows = np.array([row.get(key, -1) for key in keys], dtype=np.int64)
+    values = np.zeros((len(keys), table["vectors"].shape[1]), dtype=np.float32)
+    values[rows >= 0] = table["vectors"].numpy()[rows[rows >= 0]]
+    return values, rows >= 0
