@@ -35,6 +35,7 @@ from training.schedule import due, warmup_cosine
 from training.signals import Stopped, StopSignal
 
 MAX_EXACT = 500_000  # items up to which beams are compared with the exact ranking
+MAX_SCORES = 2**27  # of a batch in that comparison
 CHOSEN_K = 10  # checkpoints and the item head's share are chosen by validation ndcg@10
 
 
@@ -97,7 +98,9 @@ def train(
     """
     if CHOSEN_K not in top_k:
         raise ValueError(f"train.top_k = {top_k} lacks {CHOSEN_K}, by which checkpoints are chosen.")
-    if not exact and beams < max(top_k):
+    if sasrec_baseline and not every_position:
+        raise ValueError("train.sasrec_baseline = True trains on every position: set train.every_position = True.")
+    if beams < max(top_k):
         raise ValueError(f"train.beams = {beams} cannot rank the first {max(top_k)} items of train.top_k = {top_k}.")
     accelerator = distributed.start(amp, mixed_precision_type, gradient_accumulate_every)
     device = accelerator.device
@@ -136,6 +139,10 @@ def train(
     set_seed(seed)
     described = torch.from_numpy(features).to(device) if features is not None else None  # [N, D]
     model = EncoderDecoderRetrievalModel(tree, described)
+    if exact and model.decoder is not None:
+        raise ValueError("train.exact = True ranks models with decoder_layers = 0: set train.exact = False.")
+    if not exact and "tree" not in model.heads:
+        raise ValueError("train.exact = False searches the tree, which a model with tree_loss = 0 has no head for.")
     matrices = FlatParameters(p for p in model.parameters() if p.ndim >= 2)
     vectors = FlatParameters(p for p in model.parameters() if p.ndim < 2)
     parameters = [matrices.whole, vectors.whole]
@@ -245,12 +252,13 @@ def train(
         rows["sasrec"] = sasrec_ranks(sasrec, test, accelerator)
     rows |= evaluation.rows(test)
     chosen = list(rows)[-1]
-    if model.decoder is None and corpus.n_items <= MAX_EXACT:  # what the beams lose
-        other = Evaluation(model, beams, not exact, eval_batch_size, accelerator, recorded)
+    if "tree" in model.heads and model.decoder is None and corpus.n_items <= MAX_EXACT:  # what the beams lose
+        size = max(1, min(eval_batch_size, MAX_SCORES // corpus.n_items))
+        other = Evaluation(model, beams, not exact, size, accelerator, recorded)
         rows["beams" if exact else "exact"] = other.rows(test)[chosen]
     figures = all_figures(rows, task_groups(test, splits.train_lengths, corpus.n_items), top_k, corpus.n_items)
     figures |= ranking_metrics(rows[chosen][PROTOCOLS[protocol]], top_k)
-    lists = evaluation.lists(test, CHOSEN_K, exclude_history)
+    lists = evaluation.lists(test, min(CHOSEN_K, corpus.n_items), exclude_history)
     figures["distinct_share"] = float(occurring(lists, corpus.n_items).float().mean())
     metrics = {f"valid/{name}": value for name, value in best.items()}
     metrics |= {f"test/{name}": value for name, value in figures.items()}

@@ -91,9 +91,12 @@ def _parquet(path: Path) -> Iterator[dict]:
     frame = pl.scan_parquet(path)
     if "user" not in (names := frame.collect_schema().names()):
         raise ValueError(f"{path} has no column 'user'; its columns are {', '.join(names)}")
-    for rows in frame.select("user", "items").collect_batches(chunk_size=CHUNK, maintain_order=True):
-        for user, items in zip(rows["user"].to_list(), rows["items"].to_list(), strict=True):
-            yield {"user": user, "items": items}
+    try:
+        for rows in frame.select("user", "items").collect_batches(chunk_size=CHUNK, maintain_order=True):
+            for user, items in zip(rows["user"].to_list(), rows["items"].to_list(), strict=True):
+                yield {"user": user, "items": items}
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{path} can't be read ({error})") from error
 
 
 def _items(path: Path, row: int, value: object) -> list:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Items:
-    """M items. keys, texts: [M]. categories: [M] lists of names. vectors: [M, D] float32 that came with them, or
-    None."""
+    """M items. keys, texts: [M]. categories: [M] lists of names. vectors: [M, D] float32 that came with them, rows of
+    NaN for items without; None where no item has one."""
 
     keys: list[str]
     texts: list[str]
@@ -36,6 +36,8 @@ class Items:
         str) and vector (list of numbers, for the source `Vectors`). Raises ValueError that names item and field."""
         rows = items if isinstance(items, Sequence) else items.to_dicts()
         for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"item {number} must be a mapping with 'key' and 'text', it is {row!r}")
             for field in ("key", "text"):
                 if not isinstance(row.get(field), str):
                     raise ValueError(f"item {number}: {field!r} must be a text, it is {row.get(field)!r}")
@@ -44,7 +46,13 @@ class Items:
                 raise ValueError(f"item {row['key']!r}: 'categories' must be a list of texts, it is {groups!r}")
         keys, texts = ([row[field] for row in rows] for field in ("key", "text"))
         vectors = [row.get("vector") for row in rows]
-        given = np.array(vectors, dtype=np.float32) if rows and None not in vectors else None
+        size = next((len(vector) for vector in vectors if vector is not None), 0)
+        given = np.full((len(rows), size), np.nan, dtype=np.float32) if size else None
+        for number, vector in enumerate(vectors):
+            if vector is not None and len(vector) != size:
+                raise ValueError(f"item {keys[number]!r}: 'vector' has {len(vector)} numbers, others have {size}")
+            if vector is not None:
+                given[number] = vector
         return Items(keys, texts, [list(row.get("categories") or []) for row in rows], given)
 
 

@@ -78,7 +78,10 @@ def keys(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
 
     if table[column].dtype.is_nested():
         raise ValueError(f"{path}: {column!r} must hold ids, not {table[column].dtype}")
-    ids = table[column].cast(pl.String)
+    ids = table[column]
+    if ids.dtype.is_float() and (ids.drop_nulls() == ids.drop_nulls().round()).all():
+        ids = ids.cast(pl.Int64)  # whole numbers beside missing ones, as pandas writes them
+    ids = ids.cast(pl.String)
     empty = ids.is_null() | (ids.str.strip_chars() == "")
     if empty.any():
         fail(path, int(empty.arg_true()[0]), f"{column!r} is empty")

@@ -87,7 +87,8 @@ class SequenceSource:
         next_rows = (rows + 1 if self.every_position else ends).clamp_max(len(self._items) - 1)
         next_items = self._items[next_rows].long()
         if self.every_position:
-            starts = starts[row_indices(history.offsets, n_items)]
+            of = row_indices(history.offsets, n_items)
+            starts = torch.where(of < len(index), starts[of], next_rows)  # fillers have seen nothing
         targets = history.with_values(next_items) if self.every_position else JaggedTensor.uniform(next_items[:, None])
         weights = None
         if fillers:

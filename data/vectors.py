@@ -69,7 +69,8 @@ class Vectors:
         """M items -> [M, D] float32. Raises ValueError where an item is not in the table and brought no vector."""
         values, known = look_up(state, items.keys)
         if items.vectors is not None and items.vectors.shape[1:] == values.shape[1:]:
-            values[~known], known = items.vectors[~known], True
+            fresh = items.vectors[~known]
+            values[~known], known[~known] = fresh, ~np.isnan(fresh).any(1)
         if not np.all(known):
             raise ValueError(
                 f"The tokenizer has no vector of item {items.keys[int(known.argmin())]!r}: give each new item one, as "

@@ -80,7 +80,8 @@ class Recommender:
             self._vectors = model.vectors()
         smoothed = counts.double() + 1
         self._popularity = (smoothed / smoothed.sum()).log().float().to(self.device)  # [N]
-        self._exact = model.decoder is None and semantic_ids.n_items <= MAX_EXACT
+        small = semantic_ids.n_items <= MAX_EXACT or "tree" not in model.heads
+        self._exact = model.decoder is None and small
 
     @staticmethod
     def from_pretrained(
@@ -144,7 +145,12 @@ class Recommender:
         return Ranked(items, scores, np.array([not row for row in known], bool), np.array(unknown, np.int64))
 
     def _known(self, keys: Keys) -> list[int]:
-        """The items with these keys, without those that the catalogue lacks."""
+        """The items with these keys, without those that the catalogue lacks. ValueError where they are no keys."""
+        if keys is None or isinstance(keys, str):
+            raise ValueError(f"Items are given as a list of their keys, not as {keys!r}.")
+        for key in keys:
+            if not isinstance(key, (str, int, float, np.integer, np.floating)):
+                raise ValueError(f"An item's key is a text or a number, not {key!r}.")
         item_of = self.index.get
         return [n for key in keys if (n := item_of(key if isinstance(key, str) else as_key(key))) is not None]
 
@@ -190,7 +196,9 @@ class _Filters:
         """From the arguments of `Recommender.rank`."""
         tree, sets, for_all = recommender.model.tree, {}, None
         for name, keys in (("allow", allow), ("block", block)):
-            each = isinstance(keys, (list, tuple)) and any(isinstance(key, (set, list, tuple)) for key in keys)
+            each = isinstance(keys, (list, tuple)) and any(
+                isinstance(key, (set, frozenset, list, tuple)) for key in keys
+            )
             if each and len(keys) != users:
                 raise ValueError(f"{name} has {len(keys)} collections of keys for {users} histories.")
             sets[name] = [set(recommender._known(row)) for row in keys] if each else None

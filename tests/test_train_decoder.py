@@ -81,6 +81,23 @@ def test_tigers_layout_learns_what_follows(trained, tmp_path):
     assert metrics["test/recall@1"] > 0.8 and "test/items/all/recall@1" not in metrics
 
 
+def test_the_item_head_alone_trains_and_is_reported(trained, tmp_path):
+    alone = ("EncoderDecoderRetrievalModel.tree_loss = 0.0", 'EncoderDecoderRetrievalModel.item_parts = ("free",)')
+    metrics = run(trained, "decoder", *alone, f'train.save_dir_root = "{tmp_path}/run"')
+    assert metrics["test/items/all/recall@1"] > 0.8 and metrics["valid/item_share"] == 1.0
+    assert not [name for name in metrics if name.startswith(("test/tree/", "test/beams/", "test/fused/"))]
+    with pytest.raises(ValueError, match=r"train.exact = False searches the tree"):
+        run(trained, "decoder", *alone, "train.exact = False", f'train.save_dir_root = "{tmp_path}/wrong"')
+
+
+def test_what_cannot_be_is_refused_before_training(trained, tmp_path):
+    folder = f'train.save_dir_root = "{tmp_path}/run"'
+    with pytest.raises(ValueError, match=r"decoder_layers = 0: set train.exact = False"):
+        run(trained, "decoder", "EncoderDecoderRetrievalModel.decoder_layers = 1", folder)
+    with pytest.raises(ValueError, match=r"set train.every_position = True"):
+        run(trained, "decoder", "train.sasrec_baseline = True", "train.every_position = False", folder)
+
+
 def test_training_ends_when_validation_no_longer_improves(trained, tmp_path):
     extra = ("train.full_eval_every = 50", "train.patience = 2", "train.iterations = 2000")
     metrics = run(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}/run"')

@@ -37,6 +37,7 @@ FREE = {
     "attempts",
     "interactions",
     "items",
+    "text_model",
 }
 
 

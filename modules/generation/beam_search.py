@@ -154,7 +154,7 @@ def whole_catalogue(
     ValueError with a decoder, whose queries depend on the path: its whole catalogue is a beam search with N beams.
     """
     if model.decoder is not None:
-        raise ValueError("train.exact ranks models without a decoder (decoder_layers = 0): set train.exact = False.")
+        raise ValueError("With a decoder (decoder_layers > 0) the whole catalogue is a search with N beams.")
     tree, encoded, users = model.tree, model.encode(history, vectors), history.batch_size
     items, leaf = torch.arange(tree.n_items, device=history.values.device).expand(users, -1), tree.item_nodes[:, -1]
     by_leaf = tree_log_probs(model, encoded, vectors) if "tree" in model.heads else None

@@ -158,3 +158,11 @@ def test_wrong_arguments_are_named():
 )
 def test_the_title_is_what_stands_before_the_labels(text, expected):
     assert title(text) == expected
+
+
+@pytest.mark.parametrize("histories", [["ab", "cd"], [None], [[("a",)]]])
+def test_what_is_no_list_of_keys_is_refused(histories):
+    with pytest.raises(ValueError, match="key"):
+        make_recommender().recommend(histories)
+    with pytest.raises(ValueError, match="as a list of their keys|is a text or a number"):
+        make_recommender().recommend([["1"]], block="12")
