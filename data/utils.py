@@ -204,15 +204,3 @@ def first_occurrences(rows: JaggedTensor) -> Tensor:
     again = torch.zeros_like(keys, dtype=torch.bool)
     again[1:] = keys[1:] == keys[:-1]
     return values.masked_fill(torch.empty_like(again).index_copy(0, order, again), -1)
-
-
-def is_consumed(items: Tensor, consumed: JaggedTensor) -> Tensor:
-    """Whether each item is among its row's consumed ones. Shape: items [B, M], B rows of item ids -> [B, M] bool."""
-    total = consumed.values.shape[0]
-    if total == 0:
-        return torch.zeros_like(items, dtype=torch.bool)
-    span = torch.maximum(items.max(), consumed.values.max()) + 1
-    keys = (row_indices(consumed.offsets, total) * span + consumed.values).sort().values
-    wanted = torch.arange(items.shape[0], device=items.device)[:, None] * span + items
-    place = torch.searchsorted(keys, wanted).clamp_max(total - 1)
-    return keys[place] == wanted

@@ -30,9 +30,6 @@ class RowSums:
         keys, order = rows.flatten().sort(stable=True)
         return RowSums(rows, keys, order.to(torch.int32))
 
-    def to(self, device: torch.device | str) -> "RowSums":
-        return RowSums(self.rows.to(device), self.keys.to(device), self.order.to(device))
-
 
 def sum_rows(table: Tensor, sums: RowSums) -> Tensor:
     """out[m] = sum over j of table[rows[m, j]], added in float32 or wider.

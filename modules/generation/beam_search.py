@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.schemas import RankedItems
-from data.utils import is_consumed
 from modules.model import Encoded, EncoderDecoderRetrievalModel, Vectors
 from modules.transformer.model import Past
 from modules.tree import Tree
@@ -135,7 +134,8 @@ def beam_search(
     if "items" in model.heads:
         head = (encoded.state[:, None].to(scores.dtype) * vectors.items[items]).sum(-1, dtype=scores.dtype)
         if consumed is not None and not new:
-            head = head + model.seen_bias * is_consumed(items, consumed)
+            seen = LeftOut.of(consumed, tree).covers(tree.first_leaf[-1], nodes)
+            head = head + model.seen_bias * seen
     return Candidates(items.masked_fill(scores == float("-inf"), -1), scores, head)
 
 

@@ -15,7 +15,6 @@ from data.utils import (
     filled_size,
     filler_rows,
     first_occurrences,
-    is_consumed,
 )
 from ops.jagged import JaggedTensor
 
@@ -99,15 +98,6 @@ def test_consumed_is_all_that_came_before_the_target(rows, max_items):
     source = SequenceSource(interactions, samples, max_items, CPU)
     batch = source.batch(torch.arange(len(samples)))
     assert to_rows(batch.consumed) == [row[:-1] for row in rows if len(row) >= 3]
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.lists(st.lists(st.integers(0, 9), max_size=7), min_size=1, max_size=5), st.integers(1, 12), st.data())
-def test_what_is_consumed_is_found_in_its_row_only(rows, width, data):
-    consumed = JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in rows])
-    items = [data.draw(st.lists(st.integers(0, 12), min_size=width, max_size=width)) for _ in rows]
-    expected = [[item in row for item in asked] for asked, row in zip(items, rows, strict=True)]
-    assert is_consumed(torch.tensor(items), consumed).tolist() == expected
 
 
 @settings(deadline=None, max_examples=25)

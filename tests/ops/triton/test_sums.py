@@ -90,13 +90,13 @@ def test_equal_inputs_give_equal_bits(device):
 
 
 def test_the_structure_is_sorted_once():
-    sums = RowSums.of(torch.tensor([[2, 0], [0, 2], [1, 0]])).to(DEVICE)
+    sums = RowSums.of(torch.tensor([[2, 0], [0, 2], [1, 0]], device=DEVICE))
     assert sums.keys.tolist() == [0, 0, 0, 1, 2, 2] and sums.order.tolist() == [1, 2, 5, 4, 0, 3]
     assert {t.dtype for t in (sums.rows, sums.keys, sums.order)} == {torch.int32}
 
 
 def test_the_operator_is_registered_completely():
-    sums = RowSums.of(skewed(10, 3, 7)).to(DEVICE)
+    sums = RowSums.of(skewed(10, 3, 7).to(DEVICE))
     table = torch.randn(7, 8, device=DEVICE, requires_grad=True)
     torch.library.opcheck(kernels.sum_rows, (table, sums.rows, sums.keys, sums.order, torch.bfloat16))
     torch.library.opcheck(kernels.sum_rows, (table, sums.rows[:, :1], None, None, torch.float32))
