@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test lint format clean
 
-# Trains the tokenizer and the retriever on the bundled sample; about five minutes on two cores.
+# Trains the tokenizer and the retriever on the bundled sample; five to six minutes on two cores.
 quickstart: $(VENV)/.installed
 	$(BIN)/python train_rqvae.py configs/rqvae_sample.gin
 	$(BIN)/python train_decoder.py configs/decoder_sample.gin
