@@ -2,7 +2,13 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format clean
+ITEMS ?= 1 260 1196 1210
+
+.PHONY: recommend quickstart test lint format clean
+
+# What a trained pipeline that comes with the code recommends after these movies: make recommend ITEMS="1 2571"
+recommend: $(VENV)/.installed
+	$(BIN)/python recommend.py trained_models/decoder_sample --items $(ITEMS) --k 5
 
 # Trains the tokenizer and the retriever on the bundled sample; five to six minutes on two cores.
 quickstart: $(VENV)/.installed

@@ -11,18 +11,22 @@ or user, item and timestamp with one interaction a row.
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 from tqdm import tqdm
 
-from data.histories import Columns, partial_path, read_histories, read_keys, write_table
-from modules.recommender import Recommender, as_key
-from training import report
+from data.histories import Histories, read_histories, read_keys
+from data.results import Columns, Texts, partial_path, write_table
+from modules.lookup import PREDICATE
+from modules.recommender import Ranked, Recommender
+from training import distributed, report
 
-CHUNK = 8192  # histories ranked and written at once
+CHUNKS = {"cpu": 2048, "cuda": 32_768}  # histories that a process ranks before they are written
 
 
 def parse() -> argparse.Namespace:
@@ -37,8 +41,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--users", nargs="+", metavar="KEY", help="only these of the file")
     parser.add_argument("--k", type=int, default=10, help="items for each history (%(default)s)")
     parser.add_argument("--include-seen", action="store_true", help="items of the history may be recommended")
-    parser.add_argument("--allow", type=Path, metavar="FILE", help="the only keys to recommend, one a line")
-    parser.add_argument("--block", type=Path, metavar="FILE", help="keys not to recommend, one a line")
+    parser.add_argument("--cold-bonus", type=float, default=0.0, help="added to scores of items new since training")
+    what = "a file with a key a line, or a predicate such as 'categories = Horror' or 'title contains star'"
+    parser.add_argument("--allow", metavar="WHAT", help=f"the only items to recommend: {what}")
+    parser.add_argument("--block", metavar="WHAT", help="items not to recommend, likewise")
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0])
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
@@ -50,53 +56,88 @@ def parse() -> argparse.Namespace:
 
 def recommend(arguments: argparse.Namespace) -> None:
     """Prints the items for one history, or writes a table for a file of them."""
-    recommender = Recommender.from_pretrained(arguments.pipeline, arguments.revision, arguments.device)
-    options = {"k": arguments.k, "exclude_seen": not arguments.include_seen}
+    accelerator = distributed.start(cpu=arguments.device == "cpu")
+    recommender = Recommender.from_pretrained(arguments.pipeline, arguments.revision, accelerator.device)
+    options = {"k": arguments.k, "exclude_seen": not arguments.include_seen, "cold_bonus": arguments.cold_bonus}
     for name in ("allow", "block"):
-        if path := getattr(arguments, name):
-            options[name] = keys = read_keys(path)
-            if missing := sum(key not in recommender.index for key in keys):
-                report.warn(f"{path}: {missing:,} of {len(keys):,} keys are not in the catalogue")
-    if arguments.items:
+        if given := getattr(arguments, name):
+            options[name] = wanted(recommender, name, given)
+    if arguments.items and accelerator.is_main_process:
         show(recommender, arguments.items, options)
-        return
-    histories, counts = read_histories(arguments.histories, tuple(arguments.columns)), {}
-    if arguments.users:
-        wanted = set(arguments.users)
-        histories = ((user, items) for user, items in histories if as_key(user) in wanted)
-    write_table(arguments.out, tables(recommender, histories, options, counts))
-    print(
-        f"{counts['histories']:,} histories -> {arguments.out}; {counts['unknown']:,} of {counts['items']:,} items are "
-        f"not in the catalogue, and {counts['popular']:,} histories without a known item got the most popular."
-    )
+    elif arguments.histories:
+        only = set(arguments.users) if arguments.users else None
+        size = CHUNKS[accelerator.device.type] * accelerator.num_processes
+        histories, counts = read_histories(arguments.histories, tuple(arguments.columns), only, size), {}
+        chunks = tables(recommender, histories, options, accelerator, counts)
+        if accelerator.is_main_process:
+            write_table(arguments.out, chunks)
+            print(
+                f"{counts['histories']:,} histories -> {arguments.out}; {counts['unknown']:,} of {counts['items']:,} "
+                f"items are not in the catalogue, and {counts['popular']:,} histories without a known item got the "
+                "most popular."
+            )
+        else:
+            for _ in chunks:  # take part in ranking them
+                pass
+    distributed.end(accelerator)
+
+
+def wanted(recommender: Recommender, name: str, given: str) -> list[str] | str:
+    """A file's keys, or a predicate as it is."""
+    if not Path(given).is_file():
+        if PREDICATE.fullmatch(given):
+            return given
+        raise ValueError(f"--{name} {given!r} is neither a file nor a predicate such as 'categories = Horror'")
+    keys = read_keys(Path(given))
+    if missing := sum(key not in recommender.index for key in keys):
+        report.warn(f"{given}: {missing:,} of {len(keys):,} keys are not in the catalogue")
+    return keys
 
 
 def tables(
-    recommender: Recommender, histories: Iterator[tuple], options: dict, counts: dict[str, int]
+    recommender: Recommender,
+    histories: Iterable[Histories],
+    options: dict,
+    accelerator: Accelerator,
+    counts: dict[str, int],
 ) -> Iterator[Columns]:
     """What to write, chunk by chunk; adds to `counts`."""
-    with tqdm(unit=" histories", disable=not sys.stderr.isatty()) as bar:
-        while chunk := list(islice(histories, CHUNK)):
-            users, rows = [as_key(user) for user, _ in chunk], [items for _, items in chunk]
-            ranked = recommender.rank(rows, **options)
+    shown = sys.stderr.isatty() and accelerator.is_main_process
+    with tqdm(unit=" histories", disable=not shown) as bar:
+        for users, rows in histories:
+            ranked = rank(recommender, rows, options, accelerator)
             found = ranked.items >= 0
-            user, rank = (place.numpy() for place in found.nonzero(as_tuple=True))
+            user, place = (index.numpy() for index in found.nonzero(as_tuple=True))
             items = ranked.items[found]
             yield {
-                "user": [users[n] for n in user.tolist()],
-                "rank": rank + 1,
-                "item": [recommender.keys[n] for n in items.tolist()],
-                "title": [recommender.titles[n] for n in items.tolist()],
+                "user": Texts(users, user),
+                "rank": place + 1,
+                "item": Texts(recommender.keys, items.numpy()),
+                "title": Texts(recommender.titles, items.numpy()),
                 "score": ranked.scores[found].numpy(),
                 "semantic_id": recommender.codes[items].numpy(),
                 "popular": ranked.popular[user],
             }
-            new = {"histories": len(rows), "items": sum(map(len, rows))}
+            new = {"histories": len(users), "items": int((ranked.known + ranked.unknown).sum())}
             new |= {"unknown": int(ranked.unknown.sum()), "popular": int(ranked.popular.sum())}
             counts.update({name: counts.get(name, 0) + count for name, count in new.items()})
-            bar.update(len(rows))
+            bar.update(len(users))
     if not counts:
         raise ValueError("None of the users asked for is in the file.")
+
+
+def rank(recommender: Recommender, rows, options: dict, accelerator: Accelerator) -> Ranked:
+    """`Recommender.rank`, of which each process of the launch does its share."""
+    if accelerator.num_processes == 1:
+        return recommender.rank(rows, **options)
+    share = -(-len(rows) // accelerator.num_processes)
+    first = share * accelerator.process_index
+    own = recommender.rank(rows[first : first + share], **options)
+    counts = torch.from_numpy(np.stack([own.known, own.unknown], 1))
+    parts = torch.cat([own.items, counts], 1), own.scores
+    padded = (F.pad(part, (0, 0, 0, share - len(part))).to(accelerator.device) for part in parts)
+    whole, scores = (accelerator.gather(part)[: len(rows)].cpu() for part in padded)
+    return Ranked(whole[:, :-2], scores, *whole[:, -2:].numpy().T)
 
 
 def show(recommender: Recommender, items: list[str], options: dict) -> None:
@@ -114,15 +155,16 @@ def show(recommender: Recommender, items: list[str], options: dict) -> None:
 def main() -> None:
     """Bad input ends with one message and exit status 1; --traceback shows all."""
     arguments = parse()
+    part = partial_path(arguments.out) if arguments.out else None
     try:
         recommend(arguments)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
+    except (KeyboardInterrupt, ValueError, OSError) as error:
         if arguments.traceback:
             raise
-        part = partial_path(arguments.out) if arguments.out else None
-        sys.exit(f"error: {error}" + (f"\nWhat was written so far is in {part}." if part and part.exists() else ""))
+        stopped = isinstance(error, KeyboardInterrupt)
+        message = "stopped" if stopped else f"error: {error}"
+        print(message + (f"\nWhat was written so far is in {part}." if part and part.exists() else ""), file=sys.stderr)
+        sys.exit(128 + signal.SIGINT if stopped else 1)
 
 
 if __name__ == "__main__":

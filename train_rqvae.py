@@ -8,26 +8,30 @@ train_decoder.py reads the latter two.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import gin
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, SkipValidation
 
 from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
 from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
 from data.features import FeatureSource, item_features
 from data.files import write_file
+from data.parameters import Rate, Share, checked
 from data.processed import RecDataset, load_corpus
 from data.sources import FittedSources
 from data.splits import draw_splits
 from data.utils import Shuffler, derive_seed, seed_noise
 from data.vectors import Vectors  # noqa: F401  (named in configs)
-from modules.pretrained import push_folder
+from modules.card import tokenizer_card
+from modules.pretrained import CARD, HUB_ID, push_folder
 from modules.rqvae import RqVae
-from modules.tokenizer.card import model_card
 from modules.tokenizer.catalogue import catalogue_codes, encoder_features, make_ids, reconstruction_error
 from modules.tokenizer.semids import FEATURES, IDS, SemanticIds
+from ops.jagged import runs_kernels
 from training import cli, distributed, plots, report
 from training.graph import TokenizerStep
 from training.health import Health
@@ -40,31 +44,32 @@ KMEANS_ROWS = 20_000  # rows the first codebooks are fitted on
 
 
 @gin.configurable
+@checked("train")
 def train(
     dataset: RecDataset = gin.REQUIRED,
-    features: Sequence[FeatureSource] = gin.REQUIRED,
+    features: Sequence[SkipValidation[FeatureSource]] = gin.REQUIRED,
     dataset_folder: str = "dataset",
     dataset_split: str = "",
     split: str = "leave-one-out",
     categories: bool = False,
     save_dir_root: str = "out/rqvae_{corpus}",
-    iterations: int = 20_000,
-    batch_size: int = 1024,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 0.01,
-    warmup_steps: int = 200,
-    max_gradient_norm: float = 1.0,
-    gumbel_temperature: tuple[float, float] = (1.0, 0.1),
-    refit_every: int = 1000,
-    min_usage: float = 0.9,
+    iterations: NonNegativeInt = 20_000,
+    batch_size: PositiveInt = 1024,
+    learning_rate: Rate = 1e-3,
+    weight_decay: Rate = 0.01,
+    warmup_steps: NonNegativeInt = 200,
+    max_gradient_norm: Rate = 1.0,
+    gumbel_temperature: tuple[PositiveFloat, PositiveFloat] = (1.0, 0.1),
+    refit_every: NonNegativeInt = 1000,
+    min_usage: Share = 0.9,
     collapse_is_error: bool = True,
-    gradient_accumulate_every: int = 1,
+    gradient_accumulate_every: PositiveInt = 1,
     amp: bool = False,
-    mixed_precision_type: str = "fp16",
-    log_every: int = 100,
-    eval_every: int = 1000,
-    save_model_every: int = 5000,
-    keep_checkpoints: int = 3,
+    mixed_precision_type: Literal["fp16", "bf16"] = "fp16",
+    log_every: NonNegativeInt = 100,
+    eval_every: NonNegativeInt = 1000,
+    save_model_every: NonNegativeInt = 5000,
+    keep_checkpoints: PositiveInt = 3,
     resume: bool = True,
     push_vae_to_hf: bool = False,
     vae_hf_model_name: str = "",
@@ -84,7 +89,8 @@ def train(
     warning if not collapse_is_error. push_vae_to_hf: upload the tokenizer folder to the Hub as vae_hf_model_name.
     mixed_precision_type: "fp16" or "bf16", used if amp. *_every: in steps.
     """
-    if push_vae_to_hf and not vae_hf_model_name:
+    settings = dict(locals())
+    if push_vae_to_hf and not HUB_ID.fullmatch(vae_hf_model_name):
         raise ValueError("train.push_vae_to_hf needs train.vae_hf_model_name, a Hub repository (owner/name).")
     accelerator = distributed.start(amp, mixed_precision_type, gradient_accumulate_every)
     device = accelerator.device
@@ -96,14 +102,6 @@ def train(
     described = item_features(
         corpus, features, dataset_folder, splits.train_lengths, force_dataset_process, categories, splits.name
     )
-    run = Run(
-        save_dir_root.format(corpus=corpus.name),
-        {"corpus": corpus.hash, "features": described.identity},
-        accelerator,
-        keep_checkpoints,
-        wandb_project if wandb_logging else None,
-        resume,
-    )
     x = torch.from_numpy(described.values).to(device)  # [N, D]
 
     set_seed(seed)
@@ -112,8 +110,14 @@ def train(
     generator = torch.Generator(device).manual_seed(seed)
     rows = torch.randperm(len(x), generator=generator, device=device)[:KMEANS_ROWS]
     # One process in full precision on a GPU replays its step as a CUDA graph.
-    graphed = device.type == "cuda" and accelerator.num_processes * gradient_accumulate_every == 1 and not amp
+    graphed = runs_kernels(device) and accelerator.num_processes * gradient_accumulate_every == 1 and not amp
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
+    run = Run(
+        save_dir_root.format(corpus=corpus.name),
+        settings,
+        {"corpus": corpus.hash, "features": described.identity, "split": splits.name},
+        accelerator,
+    )
     first = run.restore(model, optimizer)["step"]
     if first == 0:
         model.initialize(x[rows], generator)
@@ -136,7 +140,7 @@ def train(
     shuffler.check_shares(n_shares)
     health = Health(accelerator, shuffler, run.checkpoints)
     names = ("loss", "reconstruction_loss", "quantize_loss")
-    bar = report.progress(iterations, first, accelerator.is_main_process)
+    bar, speed = report.progress(iterations, first, accelerator.is_main_process), report.Speed()
     if first == 0:
         run.log(0, "catalogue", catalogue_metrics(model, x))
     model.train()
@@ -144,6 +148,7 @@ def train(
         replay = TokenizerStep(model, plain_optimizer, x, shuffler.batch_size, max_gradient_norm)
     with StopSignal(accelerator.num_processes) as stop:
         for step in range(first, iterations):
+            speed.start()
             seed_noise(derive_seed(seed, "noise", step, accelerator.process_index), device)
             factor = warmup_cosine(step, warmup_steps, iterations)
             for group in optimizer.param_groups:
@@ -177,10 +182,11 @@ def train(
             if due(done, log_every, iterations):
                 values = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
                 values |= {"gradient_norm": float(norm), "learning_rate": learning_rate * factor}
-                values |= report.machine(bar, shuffler.batch_size, accelerator)
+                values |= report.machine(speed.steps_per_second() * shuffler.batch_size, accelerator)
                 run.log(done, "train", values)
                 report.show(bar, values)
                 health.check(model)
+            speed.stop()
             if due(done, eval_every, iterations):
                 run.log(done, "catalogue", catalogue_metrics(model, x))
             signum = stop.after_step()
@@ -244,8 +250,8 @@ def save_tokenizer(
     model.save_pretrained(folder)
     sources.save(folder)
     semantic_ids.save(folder / IDS)
-    dataset = f"{semantic_ids.corpus_name} ({semantic_ids.n_items:,} items)"
-    write_file(folder / "README.md", model_card(model.config, dataset, sources.identity, metrics).encode())
+    made_of = semantic_ids.corpus_name, semantic_ids.n_items, sources.identity
+    write_file(folder / CARD, tokenizer_card(model.config, *made_of, metrics).encode())
 
 
 if __name__ == "__main__":

@@ -32,6 +32,13 @@ SOURCES = TfidfSvd(256), CoOccurrenceSvd(128, 3)
 SHARE = 0.05
 
 
+def draw(n_items: int, seed: int) -> Tensor:
+    """[N] bool: which items are held out."""
+    gone = torch.zeros(n_items, dtype=torch.bool)
+    gone[torch.randperm(n_items, generator=torch.Generator().manual_seed(seed))[: round(SHARE * n_items)]] = True
+    return gone
+
+
 def without(corpus: Corpus, gone: Tensor) -> tuple[Corpus, Items]:
     """The corpus less some items, gone [N] bool, and their interactions; and the items that went."""
     rows, interactions = gone.tolist(), corpus.interactions
@@ -57,11 +64,7 @@ def agreement(codes: Tensor, text: Tensor, others: Tensor, other_text: Tensor, s
 
 def figures(corpus: Corpus, drops: list[float], seed: int) -> list[dict[str, float]]:
     """One row a share that is dropped."""
-    gone = torch.zeros(corpus.n_items, dtype=torch.bool)
-    gone[torch.randperm(corpus.n_items, generator=torch.Generator().manual_seed(seed))[: round(SHARE * len(gone))]] = (
-        True
-    )
-    corpus, cold_items = without(corpus, gone)
+    corpus, cold_items = without(corpus, draw(corpus.n_items, seed))
     with tempfile.TemporaryDirectory() as folder:
         described = item_features(corpus, SOURCES, folder, leave_one_out(corpus.interactions).train_lengths)
         warm, fitted = torch.from_numpy(described.values), described.fitted

@@ -99,6 +99,17 @@ class Corpus:
             return unpack_strings(tensors["bytes"], tensors["offsets"])
         return [title(text) for text in self.texts()]
 
+    def columns(self, names: Sequence[str]) -> dict[str, list[list[str]]]:
+        """Columns of `items`, of each item a list of texts. ValueError where there is no such column."""
+        absent = [name for name in names if name not in self.items.columns]
+        if absent:
+            raise ValueError(
+                f"train.item_columns names {absent[0]!r}; the items of corpus {self.name!r} have "
+                f"{', '.join(self.items.columns)}."
+            )
+        rows = {name: self.items[name].to_list() for name in names}
+        return {name: [row if isinstance(row, list) else [row] for row in column] for name, column in rows.items()}
+
     @staticmethod
     def build(
         name: str,

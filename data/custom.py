@@ -9,7 +9,7 @@ import gin
 
 from data.corpus import Corpus
 from data.events import k_core, numbered, sequences
-from data.tables import fail, keys, read_table, times
+from data.tables import ATOMIC, BILLION, fail, keys, read_table, times
 
 if TYPE_CHECKING:
     import polars as pl
@@ -23,14 +23,15 @@ class CustomData:
     """Where your data lie and what their columns are called. Bind it in gin; paths start at the working directory.
 
     name: of the corpus, its cache folder and "{corpus}" in train.save_dir_root.
-    interactions: a .csv, .tsv, .parquet, .jsonl or .ndjson file, one interaction a row. Without it only a corpus that
-    is cached under this name is used, as stage 2 does.
-    items: a file of these kinds with one item a row, the catalogue, whether or not an item has interactions; without
-    it the catalogue is what the interactions name.
+    interactions: a .csv, .tsv, .parquet, .jsonl, .ndjson or .inter file, one interaction a row; or a .json file, {user:
+    [item, ...]} in time order. Without it only a corpus that is cached under this name is used, as stage 2 does.
+    items: a file with one item a row, .item instead of .inter, or {item: {column: value, ...}}: the catalogue, whether
+    or not an item has interactions; without it the catalogue is what the interactions name.
     user_column, item_column: ids, taken as strings. time_column: whole or decimal numbers, or ISO dates; "" where the
-    rows of each user are in time order. item_key_column: the ids in `items`, by default named as in the interactions.
+    rows of each user are in time order, as in .json files. item_key_column: the ids in `items`, by default named as in
+    the interactions.
     text_columns: of `items`; the first enters the item's text as it is, others with their name before them.
-    category_column: of `items`; a list, or names separated by "|".
+    category_column: of `items`; a list, a token_seq of RecBole's, or names separated by "|".
     k_core: interactions of users or items with fewer are left out, again and again until none is left; 0 keeps all.
     drop_unknown: interactions with items that `items` lacks are left out, not an error.
     drop_duplicates: of rows with equal user, item and time only the first counts.
@@ -65,6 +66,11 @@ class CustomData:
         """All parameters, as JSON keeps them; None where only a cached corpus is asked for."""
         return json.loads(json.dumps(asdict(self))) if self.interactions else None
 
+    @property
+    def timed(self) -> bool:
+        """Whether the interactions have times, or only an order."""
+        return bool(self.time_column) and not self.interactions.endswith(".json")
+
     def read(self) -> Corpus:
         """Users come in the order of their first interaction, items in the order of `items`, or of their first
         interaction without it. Ties in time keep the order of the file.
@@ -80,13 +86,13 @@ class CustomData:
                 "train_rqvae.py with it first, or bind CustomData here as there."
             )
         path = Path(self.interactions)
-        columns = [column for column in (self.user_column, self.item_column, self.time_column) if column]
-        table = read_table(path, columns, text=(self.user_column, self.item_column))
-        stamps = times(path, table, self.time_column) if self.time_column else None
+        ids = (self.user_column, self.item_column)
+        table = read_table(path, [*ids, self.time_column] if self.timed else ids, text=ids)
+        stamps = times(path, table, self.time_column) if self.timed else None
         events = pl.DataFrame(
             {"user": keys(path, table, self.user_column), "item": keys(path, table, self.item_column)}
-        ).with_columns(timestamp=pl.lit(None, pl.Int64) if stamps is None else stamps)
-        catalogue = self._catalogue()
+        ).with_columns(timestamp=pl.lit(None, pl.Int128) if stamps is None else stamps)
+        catalogue = self.catalogue()
         events = self._chosen(path, events, catalogue)
         if events.is_empty():
             raise ValueError(f"{path}: no interaction is left of {len(table):,}")
@@ -112,7 +118,7 @@ class CustomData:
                 )
             events = events.filter(known)
             left_out["with items that are not in the catalogue"] = total - len(events)
-        if self.drop_duplicates and self.time_column:
+        if self.drop_duplicates and self.timed:
             before = len(events)
             events = events.unique(["user", "item", "timestamp"], keep="first", maintain_order=True)
             left_out["that repeat another"] = before - len(events)
@@ -125,7 +131,7 @@ class CustomData:
                 print(f"{path}: left out {count:,} of {total:,} rows {why}", flush=True)
         return events
 
-    def _catalogue(self) -> "pl.DataFrame | None":
+    def catalogue(self) -> "pl.DataFrame | None":
         """key, text, categories of every item."""
         import polars as pl
 
@@ -144,8 +150,11 @@ class CustomData:
         if repeated.any():
             row = int((~ids.is_first_distinct()).arg_true()[0])
             fail(path, row, f"item {ids[row]!r} has a row already")
-        categories = _names(table, self.category_column) if self.category_column else pl.lit([], pl.List(pl.String))
-        return table.select(key=ids, text=_text(table, self.text_columns), categories=categories)
+        categories = pl.lit([], pl.List(pl.String))
+        if self.category_column:
+            categories = _names(table, self.category_column).list.unique(maintain_order=True)
+        comma = " " if path.suffix in ATOMIC else ", "  # between the parts of a list
+        return table.select(key=ids, text=_text(table, self.text_columns, comma), categories=categories)
 
     def _corpus(self, events: "pl.DataFrame", catalogue: "pl.DataFrame") -> Corpus:
         import polars as pl
@@ -153,8 +162,8 @@ class CustomData:
         user_keys, users = numbered(events["user"])
         items = catalogue.select(item="key").with_row_index("number")
         events = events.with_columns(user=users).join(items, on="item", how="left", maintain_order="left")
-        seconds = pl.col("timestamp").floor().cast(pl.Int64) if events["timestamp"].dtype.is_float() else "timestamp"
-        events = events.sort("timestamp", maintain_order=True).select("user", timestamp=seconds, item="number")
+        whole = (pl.col("timestamp") // BILLION).cast(pl.Int64)  # what is below it has its say in the order
+        events = events.sort("timestamp", maintain_order=True).select("user", timestamp=whole, item="number")
         _, interactions = sequences(events)
         return Corpus.build(
             self.name,
@@ -166,7 +175,7 @@ class CustomData:
         )
 
 
-def _text(table: "pl.DataFrame", columns: tuple[str, ...]) -> "pl.Expr":
+def _text(table: "pl.DataFrame", columns: tuple[str, ...], comma: str) -> "pl.Expr":
     """ "Blue shoe. Brand: Acme." from the columns title and brand; what is empty is left out."""
     import polars as pl
 
@@ -174,7 +183,7 @@ def _text(table: "pl.DataFrame", columns: tuple[str, ...]) -> "pl.Expr":
     for number, column in enumerate(columns):
         value = pl.col(column)
         if isinstance(table.schema[column], pl.List):
-            value = _names(table, column).list.join(", ")
+            value = _names(table, column).list.join(comma)
         value = value.cast(pl.String).str.replace_all(r"\s+", " ").str.strip_chars()
         value = pl.when(value != "").then(value)
         labelled = pl.format(column.capitalize() + ": {}", value) if number else value
@@ -194,6 +203,5 @@ def _names(table: "pl.DataFrame", column: str) -> "pl.Expr":
     return (
         names.list.eval(pl.element().str.strip_chars())
         .list.eval(pl.element().filter(pl.element().is_not_null() & (pl.element() != "")))
-        .list.unique(maintain_order=True)
         .fill_null([])
     )

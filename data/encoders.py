@@ -117,7 +117,10 @@ class SentenceEncoder:
         if (folder := Path(self.model).expanduser()).is_dir():
             return settings | {"model": str(folder.resolve())}
         repository = self.model if "/" in self.model else f"sentence-transformers/{self.model}"
-        file = try_to_load_from_cache(repository, "modules.json", revision=self.revision)
+        try:
+            file = try_to_load_from_cache(repository, "modules.json", revision=self.revision)
+        except ValueError:  # a folder that is no longer there
+            file = None
         return settings | {"revision": Path(file).parent.name if isinstance(file, str) else self.revision}
 
     def at(self, model: str) -> "SentenceEncoder":

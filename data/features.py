@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from data.chunks import encode_chunks, save_array
 from data.corpus import Corpus
-from data.files import write_file
+from data.files import lock, write_file
 from data.items import Items
 from data.sources import Categories, FittedSources, checked
 
@@ -145,10 +146,15 @@ def _fit(files: list[Path], source: FeatureSource, corpus: Corpus, train_lengths
 
 def _cached(files: list[Path], n_items: int, write: Callable[[], None], force: bool) -> np.ndarray:
     """The array in the first file, memory-mapped; where a file isn't there, all processes call `write` first."""
-    path = files[0]
-    missing = force or not all(file.exists() for file in files)
-    if any(gather_object([missing])):  # the same answer for all, before anyone writes
-        write()
+    path, main = files[0], PartialState().is_main_process
+
+    def missing() -> bool:  # the same answer for all, before anyone writes
+        return any(gather_object([force or not all(file.exists() for file in files)]))
+
+    if missing():
+        with lock(path.parent.with_name(f".{path.parent.name}-{path.stem}.lock")) if main else nullcontext():
+            if missing():  # and no other run has written it meanwhile
+                write()
     if not all(file.exists() for file in files):
         raise FileNotFoundError(
             f"{path} was written on another machine: processes that encode texts together must share a disk. Run with "

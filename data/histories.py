@@ -1,123 +1,167 @@
-"""Histories of item keys from files, and recommendations into files, chunk by chunk."""
+"""Histories of item keys from files, chunk by chunk."""
 
-import csv
-import io
 import json
-import os
-import shutil
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.tables import SEPARATORS, SUFFIXES, fail, keys, read_table, times
+from data.tables import LINES, fail, keys, read_table, reading, scan_table, times
 
-CHUNK = 4096  # histories read at once from a parquet file
-Columns = dict[str, list | np.ndarray]
+if TYPE_CHECKING:
+    import polars as pl
+
+CHUNK, MAX_KEYS = 4096, 2**20  # histories, and item keys, read at once
+KEY = r"[^|\s](?:[^|]*[^|\s])?"  # between | and spaces
 
 
-def read_histories(path: Path, columns: tuple[str, str, str] = ("user", "item", "timestamp")) -> Iterator[tuple]:
-    """Pairs of a user's key and the list of its items' keys, oldest first; keys as the file has them.
+Histories = tuple[list[str], "list[list] | pl.Series"]
 
-    path: a .csv, .tsv, .parquet, .jsonl or .ndjson file. With a column "items" each row is a history, read as it is
-    asked for: a column "user", and the items' keys as a list or as text with "|" between them. Otherwise each row is an
-    interaction, `columns` are the names of user, item and time, and all rows are read at once; without the column of
-    times they are in time order.
+
+def as_key(value: object) -> str:
+    """A key that a file has as a number."""
+    whole = isinstance(value, (float, np.floating)) and value.is_integer()
+    return str(int(value)) if whole else str(value)
+
+
+def read_histories(
+    path: Path,
+    columns: tuple[str, str, str] = ("user", "item", "timestamp"),
+    only: Collection[str] | None = None,
+    size: int = CHUNK,
+) -> Iterator[Histories]:
+    """Up to `size` users' keys, and of each user the keys of the items, oldest first; and so on.
+
+    Lists of keys as JSON lines have them, a polars Series of lists of texts from other files. only: users to read.
+    With a column "items" each row is a history, read as it is asked for: a column "user", and the items' keys as a list
+    or as text with "|" between them. Otherwise each row is an interaction, `columns` are the names of user, item and
+    time, and all rows are read at once; without the column of times they are in time order. See `read_table`, too.
 
     Raises FileNotFoundError where there is no file; ValueError that names the file, and the row where it is known,
     where it is of another kind, empty, lacks a column or can't be read.
     """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: the file name must end with one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    names, user = _names(path), columns[0]
-    if "items" not in names and columns[1] not in names:
-        raise ValueError(
-            f"{path} has no column 'items', a list of item keys for each user, nor {columns[1]!r}, one item a row; its "
-            f"columns are {', '.join(names) or 'none'}"
-        )
-    if "items" not in names:
-        yield from _grouped(path, user, columns[1], columns[2] if columns[2] in names else None)
-        return
-    row = -1
-    for row, record in enumerate(_parquet(path) if path.suffix == ".parquet" else _records(path)):
-        if not isinstance(record, dict) or record.get("user") is None:
-            fail(path, row, "there is no 'user'")
-        if None in record:
-            fail(path, row, "there are more fields than columns; the item keys of a row are separated by |")
-        yield record["user"], _items(path, row, record.get("items"))
-    if row < 0:
+    lines = path.suffix in LINES and path.is_file()
+    if lines and (first := next(_records(path), None)) is None:
         raise ValueError(f"{path} holds no history")
-
-
-def _names(path: Path) -> list[str]:
-    """The columns; of JSON lines, those of the first row."""
-    if path.suffix == ".parquet":
-        import polars as pl
-
-        try:
-            return list(pl.read_parquet_schema(path))
-        except pl.exceptions.PolarsError as error:
-            raise ValueError(f"{path} can't be read as parquet: {str(error).partition(chr(10))[0]}") from error
-    if path.suffix in SEPARATORS:
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            return next(csv.reader(file, delimiter=SEPARATORS[path.suffix]), [])
-    first = next(_records(path), {})
-    return list(first) if isinstance(first, dict) else []
+    lists = lines and "items" in first
+    yield from (_from_lines(path, only, size) if lists else _from_table(path, columns, only, size))
 
 
 def _records(path: Path) -> Iterator[dict]:
-    """The rows of a text file."""
+    """The rows of JSON lines."""
     row = 0
-    csv.field_size_limit(sys.maxsize)  # of a history's items
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix in SEPARATORS:
-                rows = csv.DictReader(file, delimiter=SEPARATORS[path.suffix], strict=True)
-            else:
-                rows = (json.loads(line) for line in file if line.strip())
-            for record in rows:
-                yield record
-                row += 1
-    except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
+        with open(path, encoding="utf-8-sig") as file:
+            for line in file:
+                if line.strip():
+                    if not isinstance(record := json.loads(line), dict):
+                        fail(path, row, 'must be an object, such as {"user": "a", "items": ["x", "y"]}')
+                    yield record
+                    row += 1
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         fail(path, row, str(error))
 
 
-def _parquet(path: Path) -> Iterator[dict]:
+def _from_lines(path: Path, only: Collection[str] | None, size: int) -> Iterator[Histories]:
+    """Without polars."""
+    users, rows, n_keys = [], [], 0
+    for row, record in enumerate(_records(path)):
+        user, items = record.get("user"), record.get("items", "")
+        if type(user) not in (str, int, float):
+            fail(path, row, "there is no 'user'" if user is None else f"'user' must be a key, not {user!r}")
+        if "items" not in record:
+            fail(path, row, "there is no 'items'")
+        items = [key.strip() for key in items.split("|") if key.strip()] if isinstance(items, str) else items or []
+        if not isinstance(items, list) or not set(map(type, items)) <= {str, int, float}:
+            fail(path, row, f"'items' must be a list of item keys, not {str(items)[:80]}")
+        if only is None or as_key(user) in only:
+            users.append(as_key(user))
+            rows.append(items)
+            n_keys += len(items)
+        if len(rows) == size or n_keys >= MAX_KEYS:
+            yield users, rows
+            users, rows, n_keys = [], [], 0
+    if rows:
+        yield users, rows
+
+
+def _from_table(
+    path: Path, columns: tuple[str, str, str], only: Collection[str] | None, size: int
+) -> Iterator[Histories]:
     import polars as pl
 
-    frame = pl.scan_parquet(path)
-    if "user" not in (names := frame.collect_schema().names()):
-        raise ValueError(f"{path} has no column 'user'; its columns are {', '.join(names)}")
-    try:
-        for rows in frame.select("user", "items").collect_batches(chunk_size=CHUNK, maintain_order=True):
-            for user, items in zip(rows["user"].to_list(), rows["items"].to_list(), strict=True):
-                yield {"user": user, "items": items}
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{path} can't be read ({error})") from error
+    user, item, time = columns
+    with reading(path):
+        table = scan_table(path, (user, item), text=(user, item))
+        names = table.collect_schema().names()
+        if "items" in names:
+            batches = _lists(path, table).collect_batches(chunk_size=size, maintain_order=True)
+        elif item in names:
+            batches = _grouped(path, user, item, time if time in names else None).iter_slices(size)
+        else:
+            raise ValueError(
+                f"{path} has no column 'items', a list of item keys for each user, nor {item!r}, one item a row; its "
+                f"columns are {', '.join(names)}"
+            )
+        row = 0
+        for batch in batches:
+            if (empty := batch["user"].is_null()).any():
+                fail(path, row + int(empty.arg_max()), "there is no 'user'")
+            row += len(batch)
+            if only is not None:
+                batch = batch.filter(pl.col("user").is_in(list(only)))
+            for part in _cut(batch, size):
+                yield part["user"].to_list(), part["items"]
+        if row == 0:
+            raise ValueError(f"{path} holds no history")
 
 
-def _items(path: Path, row: int, value: object) -> list:
-    if isinstance(value, str):
-        return [key.strip() for key in value.split("|") if key.strip()]
-    if value is not None and not isinstance(value, list):
-        fail(path, row, f"'items' must be a list of item keys, not {value!r}")
-    return value or []
+def _cut(batch: "pl.DataFrame", size: int) -> Iterator["pl.DataFrame"]:
+    """Parts that memory holds as arrays."""
+    if len(batch) > size or (len(batch) > 1 and batch["items"].list.len().sum() > MAX_KEYS):
+        half = len(batch) // 2
+        yield from _cut(batch[:half], size)
+        yield from _cut(batch[half:], size)
+    elif len(batch):
+        yield batch
 
 
-def _grouped(path: Path, user: str, item: str, time: str | None) -> Iterator[tuple[str, list[str]]]:
+def _lists(path: Path, table: "pl.LazyFrame") -> "pl.LazyFrame":
+    """Histories from one a row."""
+    import polars as pl
+
+    schema = table.collect_schema()
+    if "user" not in schema:
+        raise ValueError(f"{path} has no column 'user'; its columns are {', '.join(schema)}")
+    kind, items = schema["items"], pl.col("items")
+    if kind == pl.String:
+        items = items.str.extract_all(KEY)
+    elif isinstance(kind, pl.List | pl.Array) and not kind.inner.is_nested():
+        items = items.cast(pl.List(kind.inner)).list.eval(_text(pl.element(), kind.inner))
+    else:
+        raise ValueError(f"{path}: 'items' must be a list of item keys, not {kind}")
+    return table.select(user=_text(pl.col("user"), schema["user"]), items=items)
+
+
+def _text(values: "pl.Expr", kind: "pl.DataType") -> "pl.Expr":
+    """Keys as `as_key` has them."""
+    import polars as pl
+
+    texts = values.cast(pl.String)
+    whole = pl.when(values.round() == values).then(values.cast(pl.Int64, strict=False)) if kind.is_float() else None
+    return texts if whole is None else pl.coalesce(whole.cast(pl.String), texts)
+
+
+def _grouped(path: Path, user: str, item: str, time: str | None) -> "pl.DataFrame":
     """Histories from one interaction a row; users come in the order of their first row."""
     import polars as pl
 
     table = read_table(path, [user, item] + [time] * (time is not None), text=(user, item))
-    if table.is_empty():
-        raise ValueError(f"{path} holds no interaction")
     frame, items = pl.DataFrame({"user": keys(path, table, user), "item": keys(path, table, item)}), pl.col("item")
     if time is not None:
         frame, items = frame.with_columns(time=times(path, table, time)), items.sort_by("time", maintain_order=True)
-    yield from frame.group_by("user", maintain_order=True).agg(items).iter_rows()
+    return frame.group_by("user", maintain_order=True).agg(items=items)
 
 
 def read_keys(path: Path) -> list[str]:
@@ -128,81 +172,3 @@ def read_keys(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: the bytes are not UTF-8; convert the file first") from error
-
-
-def partial_path(path: Path) -> Path:
-    """Where `write_table` writes until all is written."""
-    return path.with_name(f"{path.name}.partial")
-
-
-def write_table(path: Path, chunks: Iterable[Columns]) -> None:
-    """A table of all chunks as .csv, .tsv, .parquet, .jsonl or .ndjson; memory holds one chunk.
-
-    chunks: columns of equal length, the same in each: lists of texts, or arrays [M] or [M, j]; the latter are lists in
-    parquet and JSON, and text with "-" between the numbers in CSV and TSV.
-    Written under `partial_path` and renamed at the end. After a failure whole chunks stay there: lines, or for parquet
-    a folder with a file for each. ValueError where the file name ends otherwise.
-    """
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: the file name must end with one of {', '.join(SUFFIXES)}")
-    part = partial_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if part.is_dir():
-        shutil.rmtree(part)
-    try:
-        (_write_parquet if path.suffix == ".parquet" else _write_lines)(path, part, chunks)
-    except BaseException:
-        if part.is_dir() and not any(part.iterdir()):
-            part.rmdir()
-        elif part.is_file() and part.stat().st_size == 0:
-            part.unlink()
-        raise
-
-
-def _write_parquet(path: Path, part: Path, chunks: Iterable[Columns]) -> None:
-    import polars as pl
-
-    part.unlink(missing_ok=True)
-    part.mkdir()
-    aside, joined = part / "aside", part / "joined"
-    try:
-        for number, chunk in enumerate(chunks):
-            texts = {name: pl.String for name, column in chunk.items() if isinstance(column, list)}
-            frame = pl.DataFrame(chunk, schema_overrides=texts)
-            frame.with_columns(pl.selectors.array().arr.to_list()).write_parquet(aside)
-            os.replace(aside, part / f"{number:06}.parquet")
-        pl.scan_parquet(part / "*.parquet").sink_parquet(joined)
-        os.replace(joined, path)
-        shutil.rmtree(part)
-    except pl.exceptions.PolarsError as error:
-        raise OSError(f"{path} can't be written: {str(error).partition(chr(10))[0]}") from error
-    finally:
-        aside.unlink(missing_ok=True)
-        joined.unlink(missing_ok=True)
-
-
-def _write_lines(path: Path, part: Path, chunks: Iterable[Columns]) -> None:
-    with open(part, "wb", buffering=0) as file:
-        for chunk in chunks:
-            whole = file.tell()
-            content = memoryview(_text(path.suffix, chunk, header=whole == 0).encode())
-            try:
-                while content:
-                    content = content[file.write(content) :]
-            except OSError:
-                file.truncate(whole)
-                raise
-    os.replace(part, path)
-
-
-def _text(suffix: str, chunk: Columns, header: bool) -> str:
-    columns = [column.tolist() if isinstance(column, np.ndarray) else column for column in chunk.values()]
-    rows = zip(*columns, strict=True)
-    if suffix not in SEPARATORS:
-        return "".join(json.dumps(dict(zip(chunk, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter=SEPARATORS[suffix], lineterminator="\n")
-    if header:
-        writer.writerow(chunk)
-    writer.writerows(["-".join(map(str, cell)) if isinstance(cell, list) else cell for cell in row] for row in rows)
-    return text.getvalue()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gin
-from filelock import FileLock
 
 from data import amazon, ml1m, ml32m
 from data.corpus import Corpus, read_header
 from data.custom import CustomData
 from data.download import Remote, obtain
+from data.files import lock
 
 
 @gin.constants_from_enum
@@ -62,12 +62,14 @@ def load_corpus(
     """
     source = _source(dataset, Path(dataset_folder), dataset_split)
     cache = Path(dataset_folder) / "processed" / source.name
-    if not force_process and (corpus := _cached(source, cache)):
-        return corpus
-    Path(dataset_folder).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(dataset_folder) / f".{source.name}.lock"):
-        if not force_process and (corpus := _cached(source, cache)):  # by another process, meanwhile
-            return corpus
+    if not force_process and _changed(source, cache) == []:
+        return Corpus.load(cache)
+    with lock(Path(dataset_folder) / f".{source.name}.lock"):
+        changed = None if force_process else _changed(source, cache)
+        if changed == []:  # another process has built it meanwhile
+            return Corpus.load(cache)
+        if changed:
+            print(f"{cache}: to be built anew, because {', '.join(changed)} changed", flush=True)
         files = obtain(source.ways, source.folder, Path(dataset_folder) / "raw") if source.ways else source.files
         raw_files = [_fingerprint(source.folder, file) for file in files]
         corpus = source.read(files)
@@ -102,8 +104,8 @@ def _read_amazon(folder: Path, name: str, files: tuple[str, ...]) -> Corpus:
     return amazon.read_reviews(folder / reviews, folder / metadata, name)
 
 
-def _cached(source: _Source, cache: Path) -> Corpus | None:
-    """What is cached; None where there is nothing, or it no longer fits, which is then printed."""
+def _changed(source: _Source, cache: Path) -> list[str] | None:
+    """The raw files and options that are not those of the cached corpus; None where none is cached."""
     if not (cache / "corpus.json").exists():
         return None
     header = read_header(cache)
@@ -112,10 +114,7 @@ def _cached(source: _Source, cache: Path) -> Corpus | None:
     if source.options is not None:
         names = sorted({*before, *source.options})
         changed += [name for name in names if before.get(name) != source.options.get(name)]
-    if changed:
-        print(f"{cache}: built anew, because {', '.join(changed)} changed", flush=True)
-        return None
-    return Corpus.load(cache)
+    return changed
 
 
 def _fingerprint(folder: Path, name: str) -> dict:

@@ -13,7 +13,7 @@ class Interactions:
 
     items: [T] int32 item ids; user u's are `items[offsets[u]:offsets[u+1]]`.
     offsets: [U+1] int64.
-    timestamps: [T] int64 seconds, or None where the source has the order only.
+    timestamps: [T] int64, of dates seconds, or None where the source has the order only.
     """
 
     items: Tensor

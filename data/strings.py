@@ -1,5 +1,7 @@
 """Lists of strings as two tensors, so that they fit in a safetensors file."""
 
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -29,3 +31,15 @@ def unpack_strings(packed: Tensor, offsets: Tensor) -> list[str]:
         raise ValueError(f"the string offsets must rise from 0 to the number of bytes, {len(packed)}")
     joined = packed.numpy().tobytes()
     return [joined[start:end].decode("utf-8") for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def pack_lists(lists: list[list[str]]) -> tuple[Tensor, Tensor, Tensor]:
+    """n lists as the strings of all, see `pack_strings`, and the length of each, [n] int64."""
+    lengths = torch.tensor([len(strings) for strings in lists], dtype=torch.int64)
+    return *pack_strings([string for strings in lists for string in strings]), lengths
+
+
+def unpack_lists(packed: Tensor, offsets: Tensor, lengths: Tensor) -> list[list[str]]:
+    """The lists behind `pack_lists`. ValueError as of `unpack_strings`."""
+    strings = iter(unpack_strings(packed, offsets))
+    return [list(islice(strings, length)) for length in lengths.tolist()]

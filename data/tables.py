@@ -1,48 +1,111 @@
-"""Reading tables of a user's own: CSV, TSV, parquet or JSON lines, with errors that name file and row."""
+"""Reading tables of a user's own: CSV, TSV, parquet, JSON or RecBole's, with errors that name file and row."""
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import polars as pl
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (*SEPARATORS, ".parquet", ".jsonl", ".ndjson")
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
+LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".csv", ".tsv", ".parquet", *LINES)
+ATOMIC = (".inter", ".item")  # RecBole's
+BILLION = 10**9
+UNITS = {"ns": BILLION, "us": 10**6, "ms": 10**3}  # of a second
+TYPES = ("token", "token_seq", "float", "float_seq")  # of their columns
 
 
 def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> "pl.DataFrame":
     """The named columns. CSV and TSV have a header, and their columns come as strings, empty fields as nulls.
 
-    text: columns that are strings whatever a JSON lines file has, such as ids that are numbers in places.
+    In RecBole's .inter and .item files a column is named without its type; a token_seq is a list of strings. A .json
+    file is an object: of {user: [item, ...]} each item, of {item: {column: value, ...}} each member is a row; the names
+    of its members are the first of `columns`, listed items the second.
+    text: columns that are strings whatever a JSON file has, such as ids that are numbers in places.
 
     Raises FileNotFoundError where there is no file; ValueError where it is of another kind, lacks a column, or can't
     be read, with the line if that is known.
     """
-    import polars as pl
-
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: the file name must end with one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        if path.suffix in SEPARATORS:
-            frame = pl.scan_csv(path, separator=SEPARATORS[path.suffix], infer_schema=False)
-        elif path.suffix == ".parquet":
-            frame = pl.scan_parquet(path)
-        else:
-            frame = pl.scan_ndjson(path, infer_schema_length=None, schema_overrides=dict.fromkeys(text, pl.String))
+    with reading(path):
+        frame = scan_table(path, columns, text)
         names = frame.collect_schema().names()
         absent = [column for column in columns if column not in names]
         if absent:
             raise ValueError(f"{path} has no column {absent[0]!r}; its columns are {', '.join(names)}")
         return frame.select(columns).collect()
+
+
+def scan_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> "pl.LazyFrame":
+    """All columns, as of `read_table`, to be collected within `reading`."""
+    import polars as pl
+
+    if path.suffix not in (allowed := (*SUFFIXES, *ATOMIC, ".json")):
+        raise ValueError(f"{path}: the file name must end with one of {', '.join(allowed)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    if path.suffix in ATOMIC:
+        return _atomic(path)
+    if path.suffix in SEPARATORS:
+        return pl.scan_csv(path, separator=SEPARATORS[path.suffix], infer_schema=False)
+    if path.suffix == ".parquet":
+        return pl.scan_parquet(path)
+    source = _as_lines(path, columns) if path.suffix == ".json" else path
+    return pl.scan_ndjson(source, infer_schema_length=None, schema_overrides=dict.fromkeys(text, pl.String))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What polars says about a file becomes a ValueError that names the file, and the line if that is known."""
+    import polars as pl
+
+    try:
+        yield
+    except (pl.exceptions.ColumnNotFoundError, pl.exceptions.SchemaFieldNotFoundError) as error:  # `text`, of JSON
+        raise ValueError(f"{path} has no column {str(error).partition(chr(10))[0]!r}") from error
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        found = None if path.suffix == ".parquet" else _bad_line(path)
+        found = None if path.suffix in (".parquet", ".json") else _bad_line(path)
         reason = found or f" can't be read as {path.suffix[1:]}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"{path}{reason}") from error
+
+
+def _atomic(path: Path) -> "pl.LazyFrame":
+    """As RecBole's converters write it: tabs, no quotes, "nan" for what is missing, types in the header."""
+    import polars as pl
+
+    frame = pl.scan_csv(path, separator="\t", infer_schema=False, quote_char=None, null_values="nan")
+    columns = []
+    for header in frame.collect_schema().names():
+        name, _, kind = header.rpartition(":")
+        if not name or kind not in TYPES:
+            kinds = ", ".join(TYPES)
+            raise ValueError(f"{path}: column {header!r} must be a name with a type ({kinds}), such as user_id:token")
+        column = pl.col(header).str.split(" ") if kind == "token_seq" else pl.col(header)
+        columns.append(column.alias(name))
+    return frame.select(columns)
+
+
+def _as_lines(path: Path, columns: Sequence[str]) -> bytes:
+    """The rows of a .json file, as `read_table` has them, as JSON lines."""
+    try:
+        members = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}") from error
+    kinds, rows = {type(member) for member in members.values()} if isinstance(members, dict) else set(), []
+    if kinds == {list}:
+        named = [(name, item) for name, items in members.items() for item in items]
+        rows = [dict(zip(columns, pair, strict=False)) for pair in named]
+    elif kinds == {dict}:
+        rows = [member | {columns[0]: name} for name, member in members.items()]
+    if not rows:
+        raise ValueError(
+            f'{path} must hold an object of lists, {{"user": ["item", ...], ...}}, or of objects, {{"item": {{"title": '
+            "..}, ...}"
+        )
+    return "\n".join(map(json.dumps, rows)).encode()
 
 
 def _bad_line(path: Path) -> str | None:
@@ -50,7 +113,8 @@ def _bad_line(path: Path) -> str | None:
     with open(path, "rb") as lines:
         text = (line.decode("utf-8") for line in lines)
         if path.suffix in SEPARATORS:
-            rows = csv.reader(text, delimiter=SEPARATORS[path.suffix], strict=True)
+            quoting = csv.QUOTE_NONE if path.suffix in ATOMIC else csv.QUOTE_MINIMAL
+            rows = csv.reader(text, delimiter=SEPARATORS[path.suffix], quoting=quoting, strict=True)
         else:
             rows = (json.loads(line) for line in text)
         number, width = 0, None
@@ -89,33 +153,43 @@ def keys(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
 
 
 def times(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
-    """A column of times as numbers that sort: whole numbers as they are, decimal ones and dates as float seconds.
+    """A column of times as Int128, in billionths: of the unit of numbers, of a second of dates, since 1970.
 
-    ValueError where one is missing or no time.
+    Whole and decimal numbers, with or without an exponent, and dates keep their order down to a billionth. ValueError
+    where one is missing or no time, or its whole units don't fit 64 bits.
     """
     import polars as pl
 
     raw = table[column]
     if raw.dtype == pl.String:
-        readings = [raw.cast(pl.Int64, strict=False), raw.cast(pl.Float64, strict=False), _dates(raw)]
+        readings = [_billionths(raw), _dates(raw)]
         found = min(readings, key=lambda reading: reading.null_count())
     elif raw.dtype in (pl.Date, pl.Datetime):
-        found = _seconds(raw.cast(pl.Datetime("us")))
-    elif raw.dtype.is_integer():
-        found = raw.cast(pl.Int64, strict=False)
+        moments = raw.cast(pl.Datetime("us")) if raw.dtype == pl.Date else raw
+        found = _billionths(moments.to_physical()) // UNITS[moments.dtype.time_unit]
     elif raw.dtype.is_float():
-        found = raw.cast(pl.Float64)
+        whole = raw.floor()
+        found = _billionths(whole.cast(pl.Int64, strict=False)) + ((raw - whole) * 1e9).cast(pl.Int128, strict=False)
+    elif raw.dtype.is_numeric():
+        found = _billionths(raw)
     else:
         raise ValueError(f"{path}: {column!r} must hold numbers or dates, not {raw.dtype}")
-    bad = found.is_null() if found.dtype == pl.Int64 else ~found.is_finite().fill_null(False)
+    bad = found.is_null() | (found // BILLION).cast(pl.Int64, strict=False).is_null()
     if bad.any():
         row = int(bad.arg_true()[0])
         fail(path, row, f"{column!r} must be a number or an ISO date, not {raw[row]!r}")
     return found
 
 
+def _billionths(numbers: "pl.Series") -> "pl.Series":
+    """Numbers, or texts of them, times 10^9 as Int128, what is smaller cut off; null where there is none."""
+    import polars as pl
+
+    return numbers.cast(pl.Decimal(38, 9), strict=False).to_physical()
+
+
 def _dates(raw: "pl.Series") -> "pl.Series":
-    """ISO dates, with or without a time of day and a time zone, as seconds; null where it is none."""
+    """ISO dates, with or without a time of day and a time zone, in 10^-9 seconds as Int128; null where it is none."""
     import polars as pl
 
     text = raw.str.strip_chars().str.replace(" ", "T")
@@ -124,10 +198,6 @@ def _dates(raw: "pl.Series") -> "pl.Series":
     for pattern in ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%dT%H:%M"):
         readings.append(text.str.to_datetime(pattern, time_unit="us", strict=False))
     readings.append(text.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us")))
-    return _seconds(pl.select(pl.coalesce(readings)).to_series())
-
-
-def _seconds(moments: "pl.Series") -> "pl.Series":
-    import polars as pl
-
-    return moments.dt.epoch("us").cast(pl.Float64) / 1e6
+    seconds = pl.select(pl.coalesce(readings)).to_series().dt.epoch("us") // 10**6
+    digits = text.str.extract(r"\.(\d{1,9})").str.pad_end(9, "0")  # of which polars reads six, or no date before 1678
+    return _billionths(seconds) + digits.cast(pl.Int128, strict=False).fill_null(0)

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from data.schemas import SeqBatch
-from modules.embedding.vectors import item_vectors, node_vectors
+from modules.embedding.vectors import VectorSum, item_vectors, node_vectors
 from modules.pretrained import load_pretrained, save_pretrained
 from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
 from modules.tree import Tree
-from ops.cross_entropy import Seen, linear_cross_entropy
+from ops.cross_entropy import Seen, linear_cross_entropy, sampled_losses
 from ops.jagged import JaggedTensor, row_indices
 from ops.residual import stream_dtype
 from ops.sums import take_rows
 from ops.tree import tree_cross_entropy
 
+SAMPLED_ITEMS, SAMPLED_CHILDREN = 8192, 64  # whose logits stand for all, of a catalogue with hashed rows
+NO_SETTINGS = ("self", "features", "counts", "__class__")
 SEEN_SCALE = 10.0  # of the parameter behind the bias of consumed items, so that it can move as far as logits do
 
 
@@ -36,10 +38,13 @@ class RetrievalLoss:
 
 @dataclass(frozen=True)
 class Vectors:
-    """What ranking needs of the catalogue. items: [N, dim] or None; nodes: [n_d, dim] of depths 1 to L', or []."""
+    """What ranking needs of the catalogue. items: [N, dim] or None; nodes: [n_d, dim] of depths 1 to L', or [].
+
+    In training None also stands for those that are made as they are needed.
+    """
 
     items: Tensor | None
-    nodes: list[Tensor]
+    nodes: list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,12 @@ class EncoderDecoderRetrievalModel(nn.Module):
     decoder_layers: 0 makes the level queries from the encoder's state; otherwise a decoder makes them from the nodes
     above, attending to the encoded history, as in TIGER.
     item_loss, tree_loss: weights of the item head's loss and of each level's; 0 leaves the head out.
-    item_smoothing, tree_smoothing: label smoothing of both. vector_std: deviation of the vectors' rows at the start.
-    end_positions: places before a window's end that have a vector of their own, added to the token.
+    label_smoothing: of both. feature_dim: width of the perceptrons of features. vector_std: deviation of the vectors'
+    rows at the start. end_positions: places before a window's end that have a vector of their own, added to the token.
+    max_rows: items, or nodes of a depth, up to which each has a row of its own and takes part in every softmax; with
+    more, rows are hashed and the softmax is over SAMPLED_ITEMS items drawn by `counts` (half of them: uniformly) and
+    SAMPLED_CHILDREN children, with the log-q correction, without smoothing, consumed items or not.
+    counts: [N], how often each item occurs in the training data; only drawn from.
     causal_encoder: off, every history serves one target only (`train.every_position = False`).
     """
 
@@ -75,6 +84,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         self,
         tree: Tree,
         features: Tensor | None = None,
+        counts: Tensor | None = None,
         dim: int = 256,
         ff_dim: int = 1024,
         n_heads: int = 2,
@@ -82,19 +92,19 @@ class EncoderDecoderRetrievalModel(nn.Module):
         encoder_layers: int = 2,
         decoder_layers: int = 0,
         dropout: float = 0.5,
-        feature_dropout: float = 0.2,
+        feature_dim: int = 512,
         causal_encoder: bool = True,
         item_tokens: bool = True,
-        item_parts: tuple[str, ...] = ("free", "codes", "features"),
+        item_parts: tuple[str, ...] = ("free", "features"),
         node_parts: tuple[str, ...] = ("free", "codes", "features"),
         item_loss: float = 1.0,
         tree_loss: float = 0.33,
-        item_smoothing: float = 0.0,
-        tree_smoothing: float = 0.0,
+        label_smoothing: float = 0.0,
         vector_std: float = 0.2,
         end_positions: int = 0,
+        max_rows: int = 1_000_000,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "features", "__class__")}
+        given = {name: value for name, value in locals().items() if name not in NO_SETTINGS}
         super().__init__()
         self.config = {**given, "tree": tree.digest, "item_parts": list(item_parts), "node_parts": list(node_parts)}
         if not (item_tokens and item_loss > 0) and tree_loss <= 0:
@@ -102,13 +112,18 @@ class EncoderDecoderRetrievalModel(nn.Module):
                 "EncoderDecoderRetrievalModel has no head to train: tree_loss must be positive, or item_loss with "
                 "item_tokens = True."
             )
+        if tree.n_items > max_rows and not item_tokens:
+            raise ValueError(
+                f"EncoderDecoderRetrievalModel.item_tokens = False takes up to max_rows = {max_rows:,} items; this "
+                f"catalogue has {tree.n_items:,}."
+            )
         block = TransformerConfig(dim, ff_dim, n_heads, head_dim, dropout)
         device = tree.leaf_items.device
         self.tree, self.causal_encoder = tree, causal_encoder
         self.tokens_per_item = 1 if item_tokens else tree.n_levels
         self.item_loss, self.tree_loss = item_loss if item_tokens else 0.0, tree_loss
-        self.item_smoothing, self.tree_smoothing = item_smoothing, tree_smoothing
-        common = tree, features, dim, vector_std, feature_dropout
+        self.label_smoothing = label_smoothing
+        common = tree, features, dim, vector_std, feature_dim, max_rows
         self.items = item_vectors(item_parts, *common) if item_tokens else None
         has_nodes = tree_loss > 0 or not item_tokens
         self.nodes = node_vectors(node_parts, *common) if has_nodes else nn.ModuleList()
@@ -125,6 +140,12 @@ class EncoderDecoderRetrievalModel(nn.Module):
         elif tree_loss > 0:
             self.queries.extend(LevelQuery(dim, dropout) for _ in range(tree.n_levels))
         self.seen = nn.Parameter(torch.zeros(())) if self.item_loss > 0 else None
+        drawn = None
+        if tree.n_items > max_rows and self.item_loss > 0:
+            drawn = counts.double() if counts is not None else torch.ones(tree.n_items, dtype=torch.float64)
+            drawn = ((drawn / drawn.sum() + 1 / tree.n_items) / 2).to(device)
+        self.register_buffer("drawn", drawn, persistent=False)  # [N] with what probability
+        self.register_buffer("drawn_below", drawn.cumsum(0) if drawn is not None else None, persistent=False)
         # The item head's share in the score, chosen on validation.
         self.register_buffer("item_share", torch.tensor(1.0 if tree_loss <= 0 else 0.5 if self.item_loss > 0 else 0.0))
         self.to(device)
@@ -143,10 +164,16 @@ class EncoderDecoderRetrievalModel(nn.Module):
         """Of all items and nodes, in `ops.residual.stream_dtype`; for many searches they are made once."""
         return Vectors(self.items() if self.items is not None else None, [level() for level in self.nodes])
 
+    def _trained_vectors(self) -> Vectors:
+        def made(vectors: VectorSum) -> Tensor | None:
+            return vectors() if vectors.all_at_once else None
+
+        return Vectors(made(self.items) if self.items is not None else None, [made(level) for level in self.nodes])
+
     def _encoder_output(self, history: JaggedTensor, vectors: Vectors) -> JaggedTensor:
         """[T * tokens_per_item, dim], normalized: history rows of item ids [T]."""
         if self.items is not None:
-            x = take_rows(vectors.items, history.values)
+            x = _take(self.items, vectors.items, history.values)
         else:
             nodes = self.tree.item_nodes[history.values, 1:] + self.first_nodes  # [T, L']
             x = take_rows(torch.cat(vectors.nodes), nodes.flatten())
@@ -173,7 +200,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
 
     def forward(self, batch: SeqBatch) -> RetrievalLoss:
         """-log p(target) of both heads; each level's softmax runs over the children of the target's node alone."""
-        vectors, targets = self.vectors(), batch.targets
+        vectors, targets = self._trained_vectors(), batch.targets
         items = targets.values
         encoded, limits = self._encoder_output(batch.history, vectors), self._limits(batch)
         rows = row_indices(targets.offsets, len(items))
@@ -185,27 +212,59 @@ class EncoderDecoderRetrievalModel(nn.Module):
         total = weights.sum()
         item_loss, levels = total.new_zeros(()), total.new_zeros(self.tree.n_levels)
         if self.item_loss > 0:
-            seen = Seen(*batch.seen, self.seen_bias) if batch.seen is not None else None
-            item_loss = linear_cross_entropy(state, vectors.items, items, weights, self.item_smoothing, seen) / total
+            item_loss = self._item_loss(state, vectors, batch, weights) / total
         if self.tree_loss > 0:
             path = self.tree.item_nodes[items]  # [P, L' + 1]
             if self.decoder is None:
                 queries = [query(state) for query in self.queries]
             else:
                 view = MemoryView(targets.offsets, targets.max_length, limits.repeat_interleave(self.tree.n_levels))
-                above = [take_rows(v, path[:, d + 1]) for d, v in enumerate(vectors.nodes[:-1])]
+                above = [_take(self.nodes[d], v, path[:, d + 1]) for d, v in enumerate(vectors.nodes[:-1])]
                 x = torch.stack([self.start.to(state.dtype).expand_as(state), *(v.to(state.dtype) for v in above)], 1)
                 hidden, _ = self.decoder(x, self.decoder.memory(encoded), view)  # [P, L', dim]
                 queries = hidden.unbind(1)
-            losses = [
-                linear_cross_entropy(queries[0], vectors.nodes[0], path[:, 1].long(), weights, self.tree_smoothing)
-            ]
+            smoothing, order = self.label_smoothing, path[:, -1].argsort(stable=True)  # by leaf: by node of each depth
+            losses = [linear_cross_entropy(queries[0], vectors.nodes[0], path[:, 1].long(), weights, smoothing)]
             for depth in range(1, self.tree.n_levels):
                 level = self.tree.first_child[depth], path[:, depth], path[:, depth + 1], self.tree.fanout[depth]
-                loss = tree_cross_entropy(queries[depth], vectors.nodes[depth], *level, self.tree_smoothing)
+                if vectors.nodes[depth] is None:
+                    loss = self._sampled_children_losses(queries[depth], self.nodes[depth], *level)
+                else:
+                    loss = tree_cross_entropy(queries[depth], vectors.nodes[depth], *level, smoothing, order)
                 losses.append((loss * weights).sum())
             levels = torch.stack(losses) / total
         return RetrievalLoss(self.item_loss * item_loss + self.tree_loss * levels.sum(), item_loss, levels)
+
+    def _item_loss(self, state: Tensor, vectors: Vectors, batch: SeqBatch, weights: Tensor) -> Tensor:
+        """Sum of the item head's losses [], each times its weight."""
+        items = batch.targets.values
+        if vectors.items is not None:
+            seen = Seen(*batch.seen, self.seen_bias) if batch.seen is not None else None
+            return linear_cross_entropy(state, vectors.items, items, weights, self.label_smoothing, seen)
+        uniform = torch.rand(SAMPLED_ITEMS, dtype=torch.float64, device=items.device) * self.drawn_below[-1]
+        others = torch.searchsorted(self.drawn_below, uniform).clamp_max(self.tree.n_items - 1)
+        own = (state * self.items.take(items)).sum(1)
+        logits = state @ self.items.take(others).T.to(state.dtype)  # [P, SAMPLED_ITEMS]
+        expected = (self.drawn[others] * SAMPLED_ITEMS).log()
+        return (sampled_losses(own, logits, expected, others == items[:, None]) * weights).sum()
+
+    def _sampled_children_losses(
+        self, query: Tensor, nodes: VectorSum, first_child: Tensor, parents: Tensor, targets: Tensor, fanout: int
+    ) -> Tensor:
+        """As `tree_cross_entropy`, over all children where no parent has more than SAMPLED_CHILDREN: [P]."""
+        first, count = first_child[parents].long()[:, None], first_child.diff()[parents][:, None]
+        if fanout <= SAMPLED_CHILDREN:
+            place = torch.arange(fanout, device=query.device).expand(len(query), -1)
+            expected = torch.zeros_like(count)
+        else:
+            place = (torch.rand(len(query), SAMPLED_CHILDREN, device=query.device) * count).long()
+            expected = (SAMPLED_CHILDREN / count).log()
+        left_out = place >= count
+        children = first + torch.minimum(place, count - 1)
+        own = (query * nodes.take(targets)).sum(1)
+        vectors = nodes.take(children.flatten()).unflatten(0, children.shape).to(query.dtype)  # [P, S, dim]
+        logits = torch.bmm(vectors, query[:, :, None]).squeeze(2)
+        return sampled_losses(own, logits, expected, left_out | (children == targets[:, None]))
 
     def encode(self, history: JaggedTensor, vectors: Vectors) -> Encoded:
         """history: rows of item ids, none empty."""
@@ -257,6 +316,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
         model = EncoderDecoderRetrievalModel(tree, features, **config)
         model.load_state_dict(weights)
         return model.eval()
+
+
+def _take(vectors: VectorSum, made: Tensor | None, index: Tensor) -> Tensor:
+    """[T, dim], of those already made, if they are."""
+    return take_rows(made, index) if made is not None else vectors.take(index)
 
 
 class LevelQuery(nn.Module):

@@ -1,42 +1,46 @@
 """From histories of item keys to ranked items of a catalogue."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data.schemas import RankedItems
-from data.strings import unpack_strings
+from modules.filters import Filters, Given, chosen
 from modules.generation.beam_search import Candidates, LeftOut, beam_search, head_logits, whole_catalogue
-from modules.model import EncoderDecoderRetrievalModel
-from modules.pipeline import CATALOGUE, open_pipeline
-from modules.tokenizer.semids import SemanticIds, load_item_features
-from modules.tree import Tree
-from ops.jagged import JaggedTensor, lengths_to_offsets
+from modules.lookup import Keys, Lookup
+from modules.pipeline import Pipeline
+from ops.jagged import JaggedTensor
+
+if TYPE_CHECKING:
+    import polars as pl
 
 MAX_EXACT = 500_000  # items up to which the whole catalogue is ranked
 MAX_LOGITS = 2**24  # users x items that are scored at once
 BEAMS = 50
-Keys = Collection[str | int]
 
 
 @dataclass(frozen=True)
 class Ranked:
     """K items of each of B users, best first, on the CPU.
 
-    items: [B, K] int64, -1 where fewer are left; scores: [B, K] float32, log-probabilities, -inf there. popular: [B],
-    whether no item of the history is known and the most popular ones come. unknown: [B], how many were not.
+    items: [B, K] int64, -1 where fewer are left; scores: [B, K] float32, log-probabilities, -inf there. known, unknown:
+    [B] int64, how many items of the history the catalogue has, and how many not.
     """
 
     items: Tensor
     scores: Tensor
-    popular: np.ndarray
+    known: np.ndarray
     unknown: np.ndarray
+
+    @property
+    def popular(self) -> np.ndarray:
+        """[B] bool, whether no item of the history is known and the most popular ones come."""
+        return self.known == 0
 
 
 @dataclass(frozen=True)
@@ -64,24 +68,21 @@ class Recommender:
     keys, titles: [N]; codes: [N, L'] int64, the semantic IDs; index: {key: item}. Nothing is kept between calls.
     """
 
-    def __init__(
-        self,
-        model: EncoderDecoderRetrievalModel,
-        semantic_ids: SemanticIds,
-        titles: list[str],
-        counts: Tensor,
-        max_items: int,
-    ) -> None:
-        """model: in evaluation mode, on the device to compute on; the others as of `save_pipeline`."""
-        self.model, self.max_items, self.device = model, max_items, model.tree.leaf_items.device
-        self.keys, self.titles, self.codes = semantic_ids.item_keys, titles, semantic_ids.codes
-        self.index = {key: n for n, key in enumerate(self.keys)}
+    def __init__(self, pipeline: Pipeline) -> None:
+        """It computes where the pipeline's model lies."""
+        self.model, self.max_items = pipeline.model, pipeline.max_items
+        self.device = self.model.tree.leaf_items.device
+        self.keys, self.titles = pipeline.semantic_ids.item_keys, pipeline.titles
+        self.codes = pipeline.semantic_ids.codes
+        self._lookup = Lookup(self.keys, {"title": [[title] for title in self.titles]} | pipeline.columns)
+        self.index = self._lookup.index
         with torch.no_grad():
-            self._vectors = model.vectors()
-        smoothed = counts.double() + 1
+            self._vectors = self.model.vectors()
+        self._cold = (pipeline.counts == 0).to(self.device)  # [N]
+        smoothed = pipeline.counts.double() + 1
         self._popularity = (smoothed / smoothed.sum()).log().float().to(self.device)  # [N]
-        small = semantic_ids.n_items <= MAX_EXACT or "tree" not in model.heads
-        self._exact = model.decoder is None and small
+        small = len(self.keys) <= MAX_EXACT or "tree" not in self.model.heads
+        self._exact = self.model.decoder is None and small
 
     @staticmethod
     def from_pretrained(
@@ -91,78 +92,82 @@ class Recommender:
 
         FileNotFoundError or ValueError names what is missing, damaged or of another format; see `resolve`, too.
         """
-        folder, header = open_pipeline(path, revision)
-        semantic_ids, catalogue = SemanticIds.load(folder), load_file(folder / CATALOGUE)
-        features = load_item_features(folder, None, semantic_ids)
-        features = torch.from_numpy(features).to(device) if features is not None else None
-        tree = Tree.build(semantic_ids.codes, semantic_ids.level_sizes).to(device)
-        model = EncoderDecoderRetrievalModel.from_pretrained(folder, tree, features)
-        titles = unpack_strings(catalogue["title_data"], catalogue["title_offsets"])
-        return Recommender(model, semantic_ids, titles, catalogue["counts"], header["max_items"])
+        return Recommender(Pipeline.load(path, revision, device))
 
-    def recommend(self, histories: Sequence[Sequence[str | int]], k: int = 10, **options) -> list[Recommendations]:
+    def recommend(self, histories: Sequence[Keys], k: int = 10, **options) -> list[Recommendations]:
         """The k best items for each history of item keys, oldest first, or all that are left. options: of `rank`."""
         ranked, result = self.rank(histories, k, **options), []
-        rows = zip(ranked.items.tolist(), ranked.scores.tolist(), strict=True)
-        for n, (items, scores) in enumerate(rows):
-            pairs = [(item, score) for item, score in zip(items, scores, strict=True) if item >= 0]
-            found = [Recommendation(self.keys[i], self.titles[i], s, tuple(self.codes[i].tolist())) for i, s in pairs]
+        rows = zip(ranked.items.tolist(), ranked.scores.tolist(), self.codes[ranked.items].tolist(), strict=True)
+        for n, row in enumerate(rows):
+            found = [
+                Recommendation(self.keys[item], self.titles[item], score, tuple(codes))
+                for item, score, codes in zip(*row, strict=True)
+                if item >= 0
+            ]
             result.append(Recommendations(found, bool(ranked.popular[n]), int(ranked.unknown[n])))
         return result
 
+    def where(self, predicate: str) -> list[str]:
+        """Keys of the items that `column = value` or `column contains value` fits; see `Lookup.mask`."""
+        return [self.keys[item] for item in self._lookup.mask(predicate).nonzero()[:, 0].tolist()]
+
     def rank(
         self,
-        histories: Sequence[Sequence[str | int]],
+        histories: "Sequence[Keys] | pl.Series",
         k: int = 10,
         exclude_seen: bool = True,
-        allow: Keys | Sequence[Keys] | None = None,
-        block: Keys | Sequence[Keys] | None = None,
+        allow: Given = None,
+        block: Given = None,
         batch_size: int | None = None,
+        cold_bonus: float = 0.0,
     ) -> Ranked:
-        """The same as arrays.
+        """The same as arrays. histories: a polars Series of lists of texts serves, too.
 
         exclude_seen: items of the whole history are not recommended. allow: the only items to recommend; block: items
-        not to; of all users, or a list with a collection of keys for each. Keys outside the catalogue don't count.
+        not to; for all users as keys or as a predicate of `where`, or a list with a collection of keys for each. Keys
+        outside the catalogue don't count.
         batch_size: histories at once, by default 1024 on a GPU and 64 elsewhere; fewer for a large catalogue.
-        ValueError where k is below 1, or there is not one collection for each history.
+        cold_bonus: added to the scores of items that the training data never shows, before they are normalized.
+        ValueError where k is below 1, there is not one collection for each history, or a bonus without exact ranking.
         """
         batch_size = (1024 if self.device.type == "cuda" else 64) if batch_size is None else batch_size
         if k < 1 or batch_size < 1:
             raise ValueError(f"k = {k} and batch_size = {batch_size} must be 1 or more.")
-        known = [self._known(history) for history in histories]
-        filters = _Filters.of(self, len(known), allow, block, exclude_seen)
-        items = torch.full((len(known), min(k, len(self.keys))), -1)
-        scores = torch.full(items.shape, float("-inf"))
-        size = max(1, min(batch_size, MAX_LOGITS // len(self.keys)))
-        warm, cold = ([n for n, row in enumerate(known) if bool(row) == some] for some in (True, False))
-        for group, ranking in ((warm, self._by_model), (cold, self._by_popularity)):
-            for start in range(0, len(group), size):
-                users = group[start : start + size]
-                rows = [known[n] for n in users]
-                ranked = ranking(rows, items.shape[1], filters.left_out(users, rows))
-                items[users], scores[users] = ranked.items.cpu(), ranked.scores.float().cpu()
-        unknown = [len(history) - len(row) for history, row in zip(histories, known, strict=True)]
-        return Ranked(items, scores, np.array([not row for row in known], bool), np.array(unknown, np.int64))
-
-    def _known(self, keys: Keys) -> list[int]:
-        """The items with these keys, without those that the catalogue lacks. ValueError where they are no keys."""
-        if keys is None or isinstance(keys, str):
-            raise ValueError(f"Items are given as a list of their keys, not as {keys!r}.")
-        for key in keys:
-            if not isinstance(key, (str, int, float, np.integer, np.floating)):
-                raise ValueError(f"An item's key is a text or a number, not {key!r}.")
-        item_of = self.index.get
-        return [n for key in keys if (n := item_of(key if isinstance(key, str) else as_key(key))) is not None]
+        if cold_bonus and not self._exact:
+            raise ValueError(
+                "cold_bonus needs the ranking of the whole catalogue, and this one is searched by beams: rank the new "
+                "items by themselves, with `allow`."
+            )
+        known, unknown = self._lookup.rows(histories)
+        filters = Filters.of(self._lookup, len(unknown), known if exclude_seen else None, allow, block)
+        k, size = min(k, len(self.keys)), max(1, min(batch_size, MAX_LOGITS // len(self.keys)))
+        items, scores = torch.full((len(unknown), k), -1), torch.full((len(unknown), k), float("-inf"))
+        warm = known.lengths > 0
+        for group, cold in ((warm.nonzero()[:, 0], False), ((~warm).nonzero()[:, 0], True)):
+            if len(group) == 0:
+                continue
+            found = []
+            for users in group.split(size):
+                left_out = filters.left_out(users, self.model.tree)
+                if cold:
+                    found.append(self._by_popularity(len(users), k, left_out))
+                else:
+                    found.append(self._by_model(chosen(known, users), k, left_out, cold_bonus))
+            items[group] = torch.cat([ranked.items for ranked in found]).cpu()  # only now the host waits
+            scores[group] = torch.cat([ranked.scores for ranked in found]).float().cpu()
+        return Ranked(items, scores, known.lengths.numpy(), unknown)
 
     @torch.no_grad()
-    def _by_model(self, rows: list[list[int]], k: int, left_out: LeftOut | None) -> RankedItems:
-        """Scores are log-probabilities over the whole catalogue, whatever is left out; beams down the tree with an
-        item head beside it give a lower bound."""
-        history = jagged([row[-self.max_items :] for row in rows], self.device, self.max_items)
-        consumed, share = jagged(rows, self.device), self.model.item_share
+    def _by_model(self, rows: JaggedTensor, k: int, left_out: LeftOut | None, cold_bonus: float) -> RankedItems:
+        """rows: all consumed items. Scores are log-probabilities over the whole catalogue, whatever is left out; beams
+        down the tree with an item head beside it give a lower bound."""
+        history, consumed = chosen(rows, most=self.max_items).to(self.device), rows.to(self.device)
+        share = self.model.item_share
         if self._exact:
             found = whole_catalogue(self.model, history, self._vectors, consumed, left_out=left_out)
-            total = found.fused(share).logsumexp(1, keepdim=True)
+            fused = found.fused(share)
+            fused = fused + cold_bonus * self._cold if cold_bonus else fused
+            found, total = Candidates(found.items, fused, None), fused.logsumexp(1, keepdim=True)
         else:
             found = beam_search(self.model, history, self._vectors, max(BEAMS, k), consumed, left_out=left_out)
             total = 0.0
@@ -173,63 +178,9 @@ class Recommender:
         ranked = found.best(share, k)
         return RankedItems(ranked.items, ranked.scores - total)
 
-    def _by_popularity(self, rows: list[list[int]], k: int, left_out: LeftOut | None) -> RankedItems:
+    def _by_popularity(self, users: int, k: int, left_out: LeftOut | None) -> RankedItems:
         """By how often items occur in training, of equal ones the first; scores are logarithms of smoothed shares."""
-        items = torch.arange(len(self.keys), device=self.device).expand(len(rows), -1)
+        items = torch.arange(len(self.keys), device=self.device).expand(users, -1)
         if left_out is not None:
-            items = items.masked_fill(left_out.leaves(len(rows))[:, self.model.tree.item_nodes[:, -1]], -1)
+            items = items.masked_fill(left_out.leaves(users)[:, self.model.tree.item_nodes[:, -1]], -1)
         return Candidates(items, self._popularity.expand_as(items), None).best(0.0, k)
-
-
-@dataclass(frozen=True)
-class _Filters:
-    """What a call leaves out. for_all: [N] bool, or None; allow, block: sets of items of each user, or None."""
-
-    tree: Tree
-    for_all: Tensor | None
-    allow: list[set[int]] | None
-    block: list[set[int]] | None
-    seen: bool
-
-    @staticmethod
-    def of(recommender: Recommender, users: int, allow, block, seen: bool) -> "_Filters":
-        """From the arguments of `Recommender.rank`."""
-        tree, sets, for_all = recommender.model.tree, {}, None
-        for name, keys in (("allow", allow), ("block", block)):
-            each = isinstance(keys, (list, tuple)) and any(
-                isinstance(key, (set, frozenset, list, tuple)) for key in keys
-            )
-            if each and len(keys) != users:
-                raise ValueError(f"{name} has {len(keys)} collections of keys for {users} histories.")
-            sets[name] = [set(recommender._known(row)) for row in keys] if each else None
-            if keys is not None and not each:
-                listed = torch.zeros(tree.n_items, dtype=torch.bool)
-                listed[recommender._known(keys)] = True
-                gone = listed if name == "block" else ~listed
-                for_all = gone if for_all is None else for_all | gone
-        for_all = for_all.to(tree.leaf_items.device) if for_all is not None else None
-        return _Filters(tree, for_all, sets["allow"], sets["block"], seen)
-
-    def left_out(self, users: list[int], rows: list[list[int]]) -> LeftOut | None:
-        """For some of the users, who have consumed the items `rows`."""
-        gone = [set(row) if self.seen else set() for row in rows]
-        if self.block is not None:
-            gone = [row | self.block[n] for n, row in zip(users, gone, strict=True)]
-        if self.allow is not None:
-            gone = [self.allow[n] - row for n, row in zip(users, gone, strict=True)]
-        elif self.for_all is None and not any(gone):
-            return None
-        return LeftOut.of(jagged(gone, self.tree.leaf_items.device), self.tree, self.for_all, self.allow is not None)
-
-
-def as_key(value: object) -> str:
-    """A key that a file has as a number."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def jagged(rows: Sequence[Collection[int]], device: torch.device, max_length: int | None = None) -> JaggedTensor:
-    """Rows of item ids; max_length: a bound on their lengths, otherwise the longest."""
-    lengths = [len(row) for row in rows]
-    values = torch.from_numpy(np.fromiter(chain.from_iterable(rows), np.int64, sum(lengths)))
-    offsets = lengths_to_offsets(torch.tensor(lengths))
-    return JaggedTensor(values.to(device), offsets.to(device), max_length or max(lengths))

@@ -5,25 +5,26 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated, Literal
 
 import gin
 import numpy as np
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from data.files import write_file
+from data.parameters import Rate, checked
 from data.stream import stream
+from modules.card import tokenizer_card
 from modules.encoder import MLP
 from modules.legacy import is_legacy, legacy_arguments, read_checkpoint
 from modules.loss import reconstruction_loss
 from modules.normalize import Standardize
-from modules.pretrained import load_pretrained, push_folder, resolve, save_pretrained
+from modules.pretrained import CARD, load_pretrained, push_folder, resolve, save_pretrained
 from modules.quantize import Quantize, QuantizeMode
-from modules.tokenizer.card import model_card
-
-HAS_TRITON = find_spec("triton") is not None
+from ops.jagged import has_kernel
 
 
 @dataclass(frozen=True)
@@ -73,35 +74,32 @@ class RqVae(nn.Module):
     the encoder does not see and the decoder restores, so that items without interactions get good codes.
     """
 
+    @checked("RqVae")
     def __init__(
         self,
-        input_dim: int,
-        embed_dim: int = 32,
-        hidden_dims: tuple[int, ...] | None = (512, 256, 128),
-        codebook_size: int = 256,
-        n_layers: int = 3,
-        n_cat_features: int = 0,
+        input_dim: PositiveInt,
+        embed_dim: PositiveInt = 32,
+        hidden_dims: tuple[PositiveInt, ...] | None = (512, 256, 128),
+        codebook_size: PositiveInt = 256,
+        n_layers: PositiveInt = 3,
+        n_cat_features: NonNegativeInt = 0,
         codebook_mode: QuantizeMode = QuantizeMode.ROTATION_TRICK,
         codebook_kmeans_init: bool = True,
         codebook_distance: str = "l2",
         codebook_update: str = "gradient",
         codebook_sim_vq: bool = False,
         codebook_normalize: bool = False,
-        commitment_weight: float = 0.25,
-        standardize: str = "global",
+        commitment_weight: Rate = 0.25,
+        standardize: Literal["column", "global", "none"] = "global",
         activation: str = "silu",
         normalize_output: bool = False,
         separate_collisions: bool = True,
-        drop_interactions: float = 0.0,
+        drop_interactions: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         from_interactions: np.ndarray | None = None,
     ) -> None:
         super().__init__()
-        if standardize not in ("column", "global", "none"):
-            raise ValueError(f"RqVae.standardize is {standardize!r}; it can be 'column', 'global' or 'none'.")
-        if not 0 <= n_cat_features < input_dim:
+        if n_cat_features >= input_dim:
             raise ValueError(f"RqVae.n_cat_features is {n_cat_features}; the input has {input_dim} columns.")
-        if not 0 <= drop_interactions < 1:
-            raise ValueError(f"RqVae.drop_interactions is {drop_interactions}; it can be from 0 to below 1.")
         embed_dim = input_dim if hidden_dims is None else embed_dim
         self.config = {
             "input_dim": input_dim,
@@ -223,7 +221,7 @@ class RqVae(nn.Module):
         """Reconstruction and quantization loss of each row, [B] float32, and the codes [B, L] int64, of features as
         `normalized` returns them."""
         latent = self.encoder(self._without_interactions(x) if self.training else x)
-        if self.training and latent.is_cuda and self.fusible:
+        if self.training and has_kernel(latent) and self.fusible:
             total, sem_ids, quantize_loss = self._fused(latent)
         else:
             codes = self.quantize(latent, temperature)
@@ -239,7 +237,7 @@ class RqVae(nn.Module):
     @property
     def fusible(self) -> bool:
         """Whether the levels are plain enough for one kernel: nearest code by distance, learned by gradients."""
-        return HAS_TRITON and self.config["embed_dim"] <= 256 and all(layer.plain for layer in self.layers)
+        return self.config["embed_dim"] <= 256 and all(layer.plain for layer in self.layers)
 
     def _fused(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from ops.triton.quantize import residual_quantize
@@ -261,8 +259,7 @@ class RqVae(nn.Module):
 
     def exact(self) -> "RqVae":
         """A copy in float64 and in evaluation mode, whose codes are those of every other device."""
-        device = torch.device("cpu") if self.device.type == "mps" else self.device  # which has no float64
-        return copy.deepcopy(self).to(device).double().eval()
+        return copy.deepcopy(self).double().eval()
 
     @torch.no_grad()
     def losses(self, x: Tensor, batch_size: int = 8192) -> dict[str, float]:
@@ -318,5 +315,5 @@ class RqVae(nn.Module):
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            write_file(Path(folder) / "README.md", model_card(self.config).encode())
+            write_file(Path(folder) / CARD, tokenizer_card(self.config).encode())
             return push_folder(folder, repo_id, private)

@@ -94,6 +94,20 @@ class Tree:
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def nodes_of(self, other: "Tree") -> list[Tensor]:
+        """Of each depth 1 to L', this tree's node with the same prefix as each node of another tree with as many
+        levels, -1 where there is none: [n_d of the other] int64."""
+        found, above = [], torch.zeros(1, dtype=torch.int64, device=self.leaf_items.device)
+        for level in range(self.n_levels):
+            size = 1 + int(torch.maximum(self.code[level].max(), other.code[level].max()))
+            own = self.parent[level].long() * size + self.code[level]  # ascending
+            parents = above[other.parent[level].long()]
+            wanted = torch.where(parents < 0, -1, parents * size + other.code[level])
+            place = torch.searchsorted(own, wanted).clamp_max(len(own) - 1)
+            above = torch.where(own[place] == wanted, place, -1)
+            found.append(above)
+        return found
+
     def node_means(self, depth: int, values: Tensor) -> Tensor:
         """Mean over the items below each node of a depth. Shape: values [N, D] -> [n_depth, D], float32 or wider."""
         offsets = self.first_leaf[depth].long()

@@ -158,3 +158,18 @@ def _pairs(seen: Seen) -> tuple[Tensor, Tensor]:
     rows = row_indices(offsets, int(offsets[-1]))
     items = seen.items[(seen.first - offsets[:-1])[rows] + torch.arange(len(rows), device=rows.device)].long()
     return rows[items >= 0], items[items >= 0]
+
+
+def sampled_losses(own: Tensor, others: Tensor, log_expected: Tensor, left_out: Tensor) -> Tensor:
+    """-log of a softmax of which some logits are known: its own, and those of a sample of the others.
+
+    loss[p] = log(exp(own[p]) + sum over s of exp(others[p, s]) / expected[p, s]) - own[p], s not left out, where
+    expected is how often the sample was to hold that other: the sum estimates that over all others without bias
+    (Bengio and Senecal 2008; Yi et al. 2019, equation 3, where the own logit is no part of the sample).
+
+    Shape: own [P], others [P, S], log_expected and left_out broadcast to it -> [P], in float32 or wider.
+    """
+    dtype = torch.promote_types(own.dtype, torch.float32)
+    logits = (others.to(dtype) - log_expected.to(dtype)).masked_fill(left_out, float("-inf"))
+    own = own.to(dtype)
+    return torch.cat([own[:, None], logits], 1).logsumexp(1) - own

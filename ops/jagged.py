@@ -1,15 +1,18 @@
 """The variable-length type of the project and the public operations on it.
 
-On a GPU they run the kernels of `ops.triton`, elsewhere their pure-torch twins in `ops.reference`. The choice is
-made here, by `has_kernel`, so that callers never know.
+On a GPU they run the kernels of `ops.triton`, elsewhere, and where Triton is not installed, their pure-torch twins in
+`ops.reference`. The choice is made here, by `has_kernel`, so that callers never know.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from ops import reference
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -113,4 +116,10 @@ def jagged_attention(
 
 def has_kernel(values: Tensor) -> bool:
     """Whether operations on these values run as kernels."""
-    return values.is_cuda and values.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return runs_kernels(values.device) and values.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether kernels run there: on a GPU, if Triton is installed. Elsewhere all is plain torch code, which may ask the
+    device for numbers, so that training is not recorded as CUDA graphs either."""
+    return device.type == "cuda" and HAS_TRITON

@@ -50,6 +50,11 @@ def take_rows(table: Tensor, index: Tensor) -> Tensor:
     return _sum(table, index[:, None], None, None, table.dtype)
 
 
+def take_sums(table: Tensor, rows: Tensor) -> Tensor:
+    """`sum_rows` for rows [M, k] integers that are not known beforehand."""
+    return _sum(table, rows, None, None, stream_dtype(table))
+
+
 def _sum(table: Tensor, rows: Tensor, keys: Tensor | None, order: Tensor | None, dtype: torch.dtype) -> Tensor:
     if not has_kernel(table):
         return reference_sum_rows(table, rows, dtype)

@@ -16,7 +16,7 @@ from ops.jagged import has_kernel, lengths_to_offsets
 
 def tree_cross_entropy(
     query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, fanout: int,
-    smoothing: float = 0.0,
+    smoothing: float = 0.0, order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Cross-entropy between the softmax over a parent's children and its target child, with label smoothing.
 
@@ -27,13 +27,14 @@ def tree_cross_entropy(
 
     Shape: query [P, d], vectors [n, d] of one dtype, first_child [m+1] int32, parents and targets [P], integers,
     targets[p] a child of parents[p] -> [P] in float32, or wider where the query is. fanout: host integer, the largest
-    number of children of a node.
+    number of children of a node. order: [P] int64, the targets in ascending order of their parents; None: found here.
     """
     query, vectors = _cast(query, vectors)
     if has_kernel(query):
         from ops.triton.tree import tree_cross_entropy as kernel
 
-        return kernel(query, vectors, first_child, parents, targets, fanout, smoothing)[0]
+        order = parents.argsort(stable=True) if order is None else order
+        return kernel(query, vectors, first_child, parents, targets, order, fanout, smoothing)[0]
     logits = _child_logits(query, vectors, first_child, parents, fanout)  # [P, fanout]
     first, end = first_child[parents], first_child[parents + 1]
     own = logits.gather(1, (targets - first).long()[:, None])[:, 0]

@@ -46,7 +46,7 @@ def several(n: int, task: Callable[[int], object]) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
-    common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    common |= {"OMP_NUM_THREADS": "1"}
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
     children = [start(lambda rank=rank: task(rank), environment) for rank, environment in enumerate(ranks)]
     return [status(child) for child in children]

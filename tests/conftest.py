@@ -19,4 +19,4 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-pytest_plugins = ["tests.pipeline"]
+pytest_plugins = ["tests.hub", "tests.pipeline"]

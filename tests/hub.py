@@ -7,17 +7,22 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 
 class Hub:
-    """repositories: {"owner/name": {revision: {file name: content}}}. Uploads go to "main", unless `read_only`."""
+    """repositories: {"owner/name": {revision: {file name: content}}}. Uploads go to "main", unless `read_only`.
+
+    private: names of those that are shown with a token only. asked: the paths of all requests.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
-        self.read_only = False
+        self.read_only, self.private, self.asked = False, set(), []
         hub = self
 
         class Handler(_Handler):
-            repositories = hub.repositories
+            repositories, private, asked = hub.repositories, hub.private, hub.asked
             read_only = property(lambda self: hub.read_only)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -29,8 +34,24 @@ class Hub:
         self.server.server_close()
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The client reads HF_ENDPOINT once, when it is imported: here its constants are set."""
+    from huggingface_hub import constants
+
+    hub = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    yield hub
+    hub.close()
+
+
 def commit_of(revision: str, files: dict[str, bytes]) -> str:
-    return hashlib.sha1(repr((revision, sorted(files.items()))).encode()).hexdigest()
+    parts = [(name, hashlib.sha1(data).hexdigest()) for name, data in sorted(files.items())]
+    return hashlib.sha1(repr((revision, parts)).encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -50,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def find(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Commit and files of a revision; answers itself where there is none."""
+        if repo in self.private and "Authorization" not in self.headers:  # as if it were not there
+            return self.answer(401, b"{}", X_Error_Code="RepoNotFound")
         if repo not in self.repositories:
             return self.answer(404, b"{}", X_Error_Code="RepoNotFound")
         for name, files in self.repositories[repo].items():
@@ -58,8 +81,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
 
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        if parts[4:5] == ["tree"]:
+            if found := self.find("/".join(parts[2:4]), parts[5]):
+                files = [{"type": "file", "path": name, "size": len(data)} for name, data in found[1].items()]
+                self.answer_json([file | {"oid": commit_of("", {file["path"]: b""})} for file in files])
+        elif parts[:2] == ["api", "models"]:
             repo, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
             if found := self.find(repo, revision):
                 siblings = [{"rfilename": name} for name in found[1]]

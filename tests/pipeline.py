@@ -78,6 +78,7 @@ def bindings(folder: Path, script: str, *extra: str) -> list[str]:
             "train.batch_size = 16",
             "train.learning_rate = 1e-2",
             "train.warmup_steps = 10",
+            'train.item_columns = ("categories",)',
             "train.log_every = 10",
             "train.partial_eval_every = 100",
             "train.full_eval_every = 100",
@@ -88,7 +89,6 @@ def bindings(folder: Path, script: str, *extra: str) -> list[str]:
             "EncoderDecoderRetrievalModel.head_dim = 16",
             "EncoderDecoderRetrievalModel.encoder_layers = 1",
             "EncoderDecoderRetrievalModel.dropout = 0.0",
-            "EncoderDecoderRetrievalModel.feature_dropout = 0.0",
         ],
     }
     return [*common, *stages[script], *extra]
@@ -118,7 +118,7 @@ def launch(folder: Path, script: str, *extra: str, processes: int = 2) -> dict[s
     done = subprocess.run(
         command,
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]

@@ -43,7 +43,7 @@ def torchrun(trained, root, action: str) -> subprocess.CompletedProcess:
     (root / "decoder.gin").write_text("\n".join(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(root / "script.py"), str(root / "decoder.gin")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 

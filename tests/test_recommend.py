@@ -3,7 +3,7 @@
 import csv
 import gc
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 
 import recommend
 from data.corpus import Corpus
-from data.histories import partial_path, read_histories, write_table
 from data.splits import draw_splits, in_training
 from data.utils import SequenceSource
 from modules.model import EncoderDecoderRetrievalModel
-from modules.pipeline import save_pipeline
+from modules.pipeline import Pipeline
 from modules.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds, load_item_features
+from modules.tokenizer.tokenizer import Tokenizer
 from modules.tree import Tree
-from tests.modules.test_pretrained import hub  # noqa: F401
-from tests.pipeline import N_ITEMS, REPOSITORY
+from tests.data.test_histories import ROWS, write_histories
+from tests.pipeline import COLOURS, N_ITEMS, REPOSITORY
 from tests.training.test_evaluate import stub
 from training.evaluate import Evaluation
 
@@ -48,7 +48,9 @@ def pipeline(trained, corpus, tmp_path_factory):
     items = corpus.interactions.items[in_training(splits.interactions, splits.train_lengths)]
     folder = tmp_path_factory.mktemp("elsewhere") / "pipeline"
     counts = torch.bincount(items, minlength=N_ITEMS)
-    save_pipeline(folder, model, ids, features, corpus.titles(), counts, MAX_ITEMS)
+    columns = corpus.columns(["categories"])
+    tokenizer = Tokenizer.found(trained / "out" / "rqvae")
+    Pipeline(model, ids, features, corpus.titles(), counts, MAX_ITEMS, tokenizer, columns).save(folder)
     return folder
 
 
@@ -115,15 +117,19 @@ def test_a_missing_damaged_or_foreign_file_is_named(pipeline, tmp_path):
             Recommender.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match="no pipeline in .*train_decoder.py"):
         Recommender.from_pretrained(tmp_path)
-    assert load_file(pipeline / "catalogue.safetensors").keys() == {"title_data", "title_offsets", "counts"}
+    columns = {f"categories.{part}" for part in ("data", "offsets", "lengths")}
+    assert load_file(pipeline / "catalogue.safetensors").keys() == {"title_data", "title_offsets", "counts"} | columns
 
 
-def test_a_hub_repository_recommends_the_same(pipeline, histories, hub):  # noqa: F811
-    files = {path.name: path.read_bytes() for path in pipeline.iterdir()}
+def test_a_hub_repository_recommends_the_same(pipeline, histories, hub):
+    files = {str(path.relative_to(pipeline)): path.read_bytes() for path in pipeline.rglob("*.*")}
     hub.repositories["me/shop"] = {"v2": files, "main": {name: files[name] for name in files if name != "config.json"}}
     one, other = (Recommender.from_pretrained(*at).rank(histories[:9]) for at in ((pipeline,), ("me/shop", "v2")))
     assert torch.equal(one.items, other.items) and torch.equal(one.scores, other.scores)
     with pytest.raises(FileNotFoundError, match="no config.json in the Hub repository 'me/shop'"):
+        Recommender.from_pretrained("me/shop")
+    hub.repositories["me/shop"]["main"] = files | {"config.json": b"{}"}
+    with pytest.raises(ValueError, match="config.json is damaged.* delete .*models--me--shop to fetch it again"):
         Recommender.from_pretrained("me/shop")
 
 
@@ -144,31 +150,6 @@ def n_tensors() -> int:
     return sum(type(value) is torch.Tensor for value in gc.get_objects())
 
 
-ROWS = {"a": ["item01", "item08"], "b": [], "7": ["item03", "nothing", "item03"]}
-
-
-def write_histories(folder, kind: str):
-    """ROWS as lists, or one interaction a row, not in the order of time, where 'b' has none."""
-    form, suffix = kind.split()
-    path = folder / f"histories{suffix}"
-    users, lists = [*ROWS][:2] + [7], list(ROWS.values())
-    if form == "lists" and suffix == ".parquet":
-        pl.DataFrame({"user": [*ROWS], "items": lists}, schema_overrides={"items": pl.List(pl.String)}).write_parquet(
-            path
-        )
-    elif form == "lists" and suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"user": u, "items": i}) + "\n" for u, i in zip(users, lists, strict=True)))
-    elif form == "lists":
-        separator = "\t" if suffix == ".tsv" else ","
-        lines = [separator.join([user, "|".join(items)]) for user, items in ROWS.items()]
-        path.write_text("\n".join([separator.join(["user", "items"]), *lines]))
-    else:
-        events = [(time, user, item) for user, items in ROWS.items() for time, item in enumerate(items)]
-        frame = pl.DataFrame(sorted(events, reverse=True), schema=["timestamp", "user", "item"], orient="row")
-        {".csv": frame.write_csv, ".parquet": frame.write_parquet, ".jsonl": frame.write_ndjson}[suffix](path)
-    return path
-
-
 def read(path) -> list[tuple]:
     if path.suffix == ".parquet":
         rows = pl.read_parquet(path).to_dicts()
@@ -179,18 +160,9 @@ def read(path) -> list[tuple]:
             rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
         for row in rows:
             row |= {"semantic_id": [int(code) for code in row["semantic_id"].split("-")]}
-            row |= {"rank": int(row["rank"]), "score": float(row["score"]), "popular": row["popular"] == "True"}
+            row |= {"rank": int(row["rank"]), "score": float(row["score"]), "popular": row["popular"] == "true"}
     names = ("user", "rank", "item", "title", "semantic_id", "popular")
     return [(*(row[name] for name in names), pytest.approx(row["score"])) for row in rows]
-
-
-KINDS = ["lists .csv", "lists .tsv", "lists .jsonl", "lists .parquet", "rows .csv", "rows .jsonl", "rows .parquet"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_histories_come_from_every_kind_of_file(kind, tmp_path):
-    found = {str(user): items for user, items in read_histories(write_histories(tmp_path, kind))}
-    assert found == {user: items for user, items in ROWS.items() if items or kind.startswith("lists")}
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -214,6 +186,32 @@ def test_the_script_writes_what_the_recommender_says(suffix, pipeline, tmp_path,
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_predicates_filter_by_the_columns_of_the_pipeline(pipeline, script):
+    filters = "--allow", "categories = LAMP", "--block", "title contains red"
+    status, printed, _ = script(pipeline, "--items", "item01", *filters)
+    assert status is None and "none" not in printed
+    titles = {line.split("  ")[-2].strip() for line in printed.splitlines()[3:]}
+    assert titles == {f"{colour} lamp" for colour in COLOURS[1:]}
+
+
+def test_two_processes_write_one_table_in_order(pipeline, histories, tmp_path):
+    """More histories than a chunk of both, the last chunk of one history, and one without a known item."""
+    rows = [*histories[:6], ["unknown"]]
+    (tmp_path / "h.jsonl").write_text("".join(f"{json.dumps({'user': n, 'items': r})}\n" for n, r in enumerate(rows)))
+    code = "import recommend; recommend.CHUNKS = {'cpu': 3}; recommend.main()"
+    (tmp_path / "script.py").write_text(code)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    arguments = [str(pipeline), "--histories", str(tmp_path / "h.jsonl"), "--device", "cpu", "--out"]
+    for start, out in (([sys.executable], "one.csv"), (launcher, "two.csv")):
+        command = [*start, str(tmp_path / "script.py"), *arguments, str(tmp_path / out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("7 histories") == 1 and "1 histories without" in done.stdout
+    assert read(tmp_path / "two.csv") == read(tmp_path / "one.csv")
+    assert {path.name for path in tmp_path.iterdir()} == {"h.jsonl", "script.py", "one.csv", "two.csv"}
+
+
 def test_json_lines_need_no_polars(pipeline, tmp_path):
     arguments = ["x", str(pipeline), "--histories", str(write_histories(tmp_path, "lists .jsonl"))]
     arguments += ["--out", str(tmp_path / "out.jsonl"), "--users", "7"]
@@ -231,29 +229,6 @@ def test_typed_items_print_titles(pipeline, script):
     assert "item08" in lines[4]  # seven steps on
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("h.csv", "", "has no column 'items', .* its columns are none"),
-        ("h.csv", "user,items\n", "holds no history"),
-        ("h.csv", "user,thing\na,1\n", "its columns are user, thing"),
-        ("h.csv", "user,items\na,1,2\n", "row 1: there are more fields than columns"),
-        ("h.csv", "user,item,timestamp\na,1,never\n", "row 1: 'timestamp' must be a number"),
-        ("h.tsv", "items\n1\n", "row 1: there is no 'user'"),
-        ("h.jsonl", '{"user": 1, "items": ["a"]}\n{"user"\n', "row 2: "),
-        ("h.jsonl", '{"user": 1, "items": 5}\n', "row 1: 'items' must be a list"),
-        ("h.parquet", "text", "can't be read as parquet"),
-        ("h.txt", "text", "must end with one of"),
-    ],
-)
-def test_bad_histories_are_named(name, content, message, tmp_path):
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        list(read_histories(path))
-    assert str(path) in str(error.value)
-
-
 def test_bad_input_is_one_line(pipeline, tmp_path, script):
     histories = write_histories(tmp_path, "lists .csv")
     for arguments, message in (
@@ -262,45 +237,6 @@ def test_bad_input_is_one_line(pipeline, tmp_path, script):
         ([pipeline, "--histories", histories, "--out", tmp_path / "o.doc"], "o.doc: the file name must end"),
         ([pipeline, "--histories", histories, "--out", tmp_path / "o.csv", "--users", "z"], "None of the users"),
     ):
-        status, _, _ = script(*arguments)
-        assert status.startswith("error: ") and message in status and "\n" not in status
+        status, _, error = script(*arguments)
+        assert status == 1 and error.startswith("error: ") and message in error and error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {histories.name}
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_what_was_written_before_a_failure_stays_whole_and_marked(suffix, tmp_path):
-    def chunks(fails: bool):
-        for n in range(2):
-            yield {"user": [f"u{n}", "v"], "rank": torch.tensor([n, 2]).numpy()}
-        if fails:
-            raise OSError("the disk is full")
-
-    path = tmp_path / f"out{suffix}"
-    for _ in range(2):  # the second time over what the first left
-        with pytest.raises(OSError, match="full"):
-            write_table(path, chunks(fails=True))
-    part = partial_path(path)
-    assert [found.name for found in tmp_path.iterdir()] == [part.name]
-    if suffix == ".parquet":
-        assert pl.read_parquet(part / "*.parquet").rows() == [("u0", 0), ("v", 2), ("u1", 1), ("v", 2)]
-    write_table(path, chunks(fails=False))
-    text = pl.read_parquet(path).write_csv() if suffix == ".parquet" else path.read_text()
-    assert len(text.splitlines()) == 4 + (suffix != ".jsonl")
-    assert [found.name for found in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_full_disk_leaves_whole_chunks(suffix, tmp_path):
-    """Files end after 2,000 bytes here."""
-    path, rows = tmp_path / f"out{suffix}", [{"user": ["a"]}, {"user": [f"{n}" for n in range(10_000)]}]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_table(path, rows)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    part = partial_path(path)
-    assert [found.name for found in tmp_path.iterdir()] == [part.name]
-    written = pl.read_csv(part) if suffix == ".csv" else pl.read_parquet(part / "*.parquet")
-    assert written.rows() == [("a",)]

@@ -100,6 +100,6 @@ def test_a_damaged_newest_checkpoint_is_done_again(trained, tmp_path, capsys):
 
 
 def test_the_number_of_checkpoints_must_be_positive(trained, tmp_path):
-    with pytest.raises(ValueError, match="keep_checkpoints is 0"):
+    with pytest.raises(ValueError, match="train.keep_checkpoints = 0: Input should be greater than 0"):
         run(trained, "decoder", "train.keep_checkpoints = 0", f'train.save_dir_root = "{tmp_path}/run"')
     assert not (tmp_path / "run").exists()

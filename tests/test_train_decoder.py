@@ -1,15 +1,21 @@
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+import train_decoder
+from data.processed import RecDataset
 from data.utils import SequenceSource
 from modules.model import EncoderDecoderRetrievalModel
+from modules.pipeline import Pipeline
+from modules.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds, load_item_features
 from modules.tree import Tree
-from tests.pipeline import N_ITEMS, TIGER, launch, lines, run, write_raw
+from tests.pipeline import N_ITEMS, THINGS, TIGER, launch, lines, run, write_raw
 
 
 def test_the_pipeline_learns_what_follows_from_the_last_item(trained):
@@ -26,10 +32,12 @@ def test_the_pipeline_learns_what_follows_from_the_last_item(trained):
 def test_the_run_folder_keeps_the_contract(trained):
     root = trained / "out" / "decoder"
     assert {path.name for path in root.iterdir()} == {
+        ".lock",
         "config.gin",
         "metrics.jsonl",
         "metrics.json",
         "ranks.safetensors",
+        "held_out.jsonl",
         "checkpoints",
         "plots",
         "model",
@@ -46,6 +54,7 @@ def test_the_run_folder_keeps_the_contract(trained):
     )
     metrics = json.loads((root / "metrics.json").read_text())
     assert float(loaded.item_share) == pytest.approx(metrics["valid/item_share"])
+    assert Pipeline.load(root).columns == {"categories": [[THINGS[n // 6]] for n in range(N_ITEMS)]}
     ranks = load_file(root / "ranks.safetensors")["fused/all"]
     assert float((ranks < 5).double().mean()) == pytest.approx(metrics["test/recall@5"])
     assert {row["split"] for row in lines(root / "metrics.jsonl")} == {"train", "valid"}
@@ -139,6 +148,37 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         run(tmp_path, "decoder")
 
 
+def test_a_missing_tokenizer_of_the_default_is_not_asked_of_the_hub(tmp_path, monkeypatch, hub):
+    write_raw(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="No semantic IDs at './out/rqvae_amazon_beauty'.*train_rqvae.py"):
+        train_decoder.train(RecDataset.AMAZON, ".", "beauty")
+    assert hub.asked == []
+
+
+def test_the_pipeline_is_uploaded_with_a_card_whose_lines_run(trained, tmp_path, hub, capsys):
+    short = ("train.iterations = 2", "train.full_eval_every = 2", f'train.save_dir_root = "{tmp_path}/run"')
+    with pytest.raises(ValueError, match="train.push_to_hf needs train.hf_model_name"):
+        run(trained, "decoder", *short, "train.push_to_hf = True", 'train.hf_model_name = "shop"')
+    metrics = run(trained, "decoder", *short, "train.push_to_hf = True", 'train.hf_model_name = "owner/shop"')
+    assert capsys.readouterr().out.endswith(f"Uploaded to {hub.endpoint}/owner/shop\n")
+    files, folder = hub.repositories["owner/shop"]["main"], tmp_path / "run" / "pipeline"
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*.*")}
+    assert set(files) == names >= {"README.md", "config.gin", "tokenizer/sources.json", "pipeline.json"}
+    assert all(files[name] == (folder / name).read_bytes() for name in names - {"README.md"})
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.model_name == "owner/shop" and card.data.library_name and card.data.license == "unknown"
+    shown = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    expected = {name: metrics[f"test/{name}"] for name in ("recall@5", "ndcg@5", "recall@10", "ndcg@10")}
+    assert shown == pytest.approx(expected, abs=5e-5)
+    assert {result.dataset_name for result in card.data.eval_results} == {"amazon_beauty"}
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], {})
+    history = json.loads(re.search(r"recommend\(\[(.*?)\], k=5", card.text)[1])
+    [found] = Recommender.from_pretrained(folder).recommend([history], k=5)
+    assert len(found.items) == 5 and len(history) == 2
+    assert capsys.readouterr().out == "".join(f"{item.key} {item.title} {item.score}\n" for item in found.items)
+
+
 def test_too_few_beams_are_refused(trained):
     with pytest.raises(ValueError, match=r"train.beams = 5 cannot rank the first 10"):
         run(trained, "decoder", *TIGER, "train.beams = 5")
@@ -148,12 +188,12 @@ def test_too_few_beams_are_refused(trained):
 
 def test_another_config_does_not_overwrite_a_run(trained):
     root = trained / "out" / "decoder"
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("[!.]*")}
     with pytest.raises(ValueError, match=r"(?s)another config.*train.learning_rate: 0.01 -> 0.5.*save_dir_root"):
         run(trained, "decoder", "train.learning_rate = 0.5")
     with pytest.raises(ValueError, match="already holds a run"):
         run(trained, "decoder", "train.resume = False")
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("[!.]*")} == before
 
 
 def test_as_many_beams_as_items_rank_the_whole_catalogue(trained, tmp_path):

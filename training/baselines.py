@@ -9,6 +9,7 @@ from data.baselines import MostPopular, Transition
 from data.schemas import SeqBatch
 from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, seed_noise
 from modules.sasrec import SasRec
+from ops.jagged import runs_kernels
 from training import report
 from training.flat import FlatParameters
 from training.metrics import exact_ranks, ranking_metrics, ranks_among_new
@@ -84,7 +85,7 @@ def train_sasrec(
     or "new". patience: validations without a new best after which training ends. The processes of a launch all
     do the same, without waiting for each other.
     """
-    device, recorded = accelerator.device, accelerator.device.type == "cuda"
+    device, recorded = accelerator.device, runs_kernels(accelerator.device)
     torch.manual_seed(derive_seed(seed, "sasrec"))
     model = SasRec(n_items, source.max_items).to(device)
     parameters = FlatParameters(model.parameters())

@@ -1,28 +1,80 @@
 """Several processes: how they start, what the main process sends to the others, and the sum of their gradients."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Timer
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+    get_int_from_env,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 
 from training.checkpoint import Content
+from training.report import warn
 
-PATIENCE = timedelta(hours=2)  # how long processes wait for one that prepares the data, or writes to a slow disk
+PROCESS_TIMEOUT = timedelta(hours=2)  # how long processes wait for one that prepares the data, or writes to a slow disk
+SILENCE = 10.0  # seconds in which nothing is said
+SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]  # of the launchers, and of MPI's
+RANKS = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
+LOCAL_SIZES = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"]
 
 
-def start(amp: bool, mixed_precision_type: str, gradient_accumulate_every: int) -> Accelerator:
-    """Joins the processes of the launch; alone, it is one process. mixed_precision_type: "fp16", "bf16", if amp."""
-    return Accelerator(
-        mixed_precision=mixed_precision_type if amp else "no",
-        gradient_accumulation_steps=gradient_accumulate_every,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+def start(
+    amp: bool = False, mixed_precision_type: str = "no", gradient_accumulate_every: int = 1, cpu: bool = False
+) -> Accelerator:
+    """Joins the processes of the launch, whatever started them: each on a CUDA GPU of its own, or all on the CPU.
+
+    mixed_precision_type: "fp16", "bf16", if amp. cpu: even where there is a GPU. Raises ValueError or ConnectionError
+    where not all processes can take part, or the CPU is asked for fp16.
+    """
+    cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()  # never Apple's mps
+    if amp and mixed_precision_type == "fp16" and cpu:
+        raise ValueError('train.mixed_precision_type = "fp16" needs a GPU: set it to "bf16", or train.amp = False.')
+    expected, local = (get_int_from_env(names, 1) for names in (SIZES, LOCAL_SIZES))
+    if not cpu and local > torch.cuda.device_count():
+        raise ValueError(f"{local} processes were started on a machine with {torch.cuda.device_count()} GPUs.")
+    with _named_wait(expected):
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision=mixed_precision_type if amp else "no",
+            gradient_accumulation_steps=gradient_accumulate_every,
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        )
+    if accelerator.num_processes != expected:
+        raise ValueError(
+            f"{expected} processes were started, and this one is alone: start them by torchrun or accelerate launch, "
+            "which set LOCAL_RANK."
+        )
+    return accelerator
+
+
+@contextmanager
+def _named_wait(expected: int) -> Iterator[None]:
+    """Says what this process waits for, if the others don't come soon. expected: how many there are in all."""
+    address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    advice = "For a run of one process unset RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR, which something has set."
+    rank = get_int_from_env(RANKS, 0)
+    waiting = Timer(SILENCE, warn, [f"process {rank} waits at {address} for all {expected} to come. {advice}"])
+    waiting.daemon = True
+    if expected > 1:
+        waiting.start()
+    try:
+        yield
+    except torch.distributed.DistError as error:
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"Process {rank} of {expected} can't join at {address} ({reason}). {advice}") from error
+    finally:
+        waiting.cancel()
 
 
 def end(accelerator: Accelerator) -> None:

@@ -51,13 +51,19 @@ def codes(root: Path, codes: Tensor, codebook_size: int, categories: list[list[s
 
 def retriever(root: Path) -> None:
     """losses.png: training and validation loss by step; retrieval.png: validation Recall and NDCG by step."""
+    losses, *ranked = retriever_panels(root)
+    _draw(root / "plots" / "losses.png", [losses])
+    _draw(root / "plots" / "retrieval.png", ranked)
+
+
+def retriever_panels(root: Path) -> list[tuple[str, list[dict], list[str]]]:
+    """Loss, Recall and NDCG, each a title of the y axis, rows with their "step", and names of the curves."""
     rows = _rows(root)
     losses = [{**row, f"{row['split']} loss": row["loss"]} for row in rows if "loss" in row]
-    _draw(root / "plots" / "losses.png", [("-log p(next item), nats", losses, ["train loss", "valid loss"])])
     ranked = [row for row in rows if row["split"] == "valid" and "loss" not in row]
     names = [name for name in (ranked or [{}])[0] if "@" in name]
     panels = [(kind, ranked, [name for name in names if name.startswith(kind.lower())]) for kind in ("Recall", "NDCG")]
-    _draw(root / "plots" / "retrieval.png", panels)
+    return [("-log p(next item), nats", losses, ["train loss", "valid loss"]), *panels]
 
 
 def _rows(root: Path) -> list[dict]:

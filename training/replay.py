@@ -1,5 +1,6 @@
 """Steps of training as CUDA graphs: recorded once for each shape, then replayed without the host in between."""
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ class Replay:
     ) -> None:
         self._function, self._parameters, self._device = function, list(parameters), device
         self._recordings: dict[tuple, Recording] | None = {} if recorded else None
+        self.recording = 0.0  # seconds spent on it
 
     def __call__(self, size: int, *inputs: Tensor) -> Tensor:
         """inputs: on any device."""
@@ -65,7 +67,9 @@ class Replay:
         before = [p.grad.clone() if p.grad is not None else None for p in self._parameters]  # of passes before
         key = (size, *(tensor.shape for tensor in inputs))
         if key not in self._recordings:
+            start = time.perf_counter()
             self._recordings[key] = self._record(size, inputs)
+            self.recording += time.perf_counter() - start
         recording = self._recordings[key]
         for place, tensor in zip(recording.places, inputs, strict=True):
             place.copy_(tensor, non_blocking=True)

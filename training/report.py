@@ -1,12 +1,14 @@
 """What a run prints."""
 
 import sys
+import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+MIN_UNIQUE = 0.5  # share of items with codes of their own
 ROWS = {
     "most_popular": "most popular",
     "transition": "transition",
@@ -39,10 +41,31 @@ def progress(total: int, first: int, show: bool) -> tqdm:
     return tqdm(total=total, initial=first, unit="step", mininterval=interval, maxinterval=interval, disable=not show)
 
 
-def machine(bar: tqdm, batch_size: int, accelerator: Accelerator) -> dict[str, float]:
-    """Examples a second since the start, the peak of the GPU's memory in GiB, and the loss scale, where there are."""
-    seconds = bar.format_dict["elapsed"]
-    result = {"examples_per_second": (bar.n - bar.initial) * batch_size / seconds} if seconds else {}
+class Speed:
+    """Counts steps of training and their seconds: `start` before each, `stop` before what else is done, as evaluation.
+
+    A GPU works behind the host: its seconds count where the host waits for it, which is to be before `stop`.
+    """
+
+    def __init__(self) -> None:
+        self._steps, self._seconds, self._since = 0, 0.0, 0.0
+
+    def start(self) -> None:
+        self._steps, self._since = self._steps + 1, time.perf_counter()
+
+    def stop(self) -> None:
+        self._seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+
+    def steps_per_second(self, recording: float = 0.0) -> float:
+        """Since the first step; recording: seconds among them in which steps were recorded."""
+        self.stop()
+        return self._steps / max(self._seconds - recording, 1e-9)
+
+
+def machine(examples_per_second: float, accelerator: Accelerator) -> dict[str, float]:
+    """The speed, the peak of the GPU's memory in GiB, and the loss scale, where there are."""
+    result = {"examples_per_second": examples_per_second}
     if accelerator.device.type == "cuda":
         result["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if accelerator.scaler is not None:
@@ -52,8 +75,7 @@ def machine(bar: tqdm, batch_size: int, accelerator: Accelerator) -> dict[str, f
 
 def show(bar: tqdm, values: dict[str, float]) -> None:
     """The loss and the speed beside the bar."""
-    speed = values.get("examples_per_second", 0.0)
-    bar.set_postfix(loss=f"{values['loss']:.3f}", examples=f"{speed:,.0f}/s", refresh=False)
+    bar.set_postfix(loss=f"{values['loss']:.3f}", examples=f"{values['examples_per_second']:,.0f}/s", refresh=False)
 
 
 def table(title: str, metrics: dict[str, float], folder: Path, show: bool) -> None:
@@ -68,17 +90,20 @@ def table(title: str, metrics: dict[str, float], folder: Path, show: bool) -> No
 
 
 def verdict(metrics: dict[str, float], min_usage: float, is_error: bool, show: bool) -> None:
-    """Says whether the codebooks are in use, from `usage_<level>` and `id_unique_share`.
+    """Says whether codebooks are in use and IDs tell items apart, from `usage_<level>` and `id_unique_share`.
 
-    ValueError where a level uses less than min_usage of its codes; a warning instead if not is_error.
+    ValueError where a level uses less than min_usage of its codes; a warning instead if not is_error, and where most
+    items share their codes with another.
     """
     usage = {name.split("_")[1]: value for name, value in metrics.items() if name.startswith("usage_")}
     low = {level: value for level, value in usage.items() if value < min_usage}
     if not low:
         if show:
-            least = min(usage.values())
-            print(f"Verdict: healthy; every level uses {least:.1%} of its codes or more, ", end="")
-            print(f"{metrics['id_unique_share']:.1%} of the items are unique without the extra level.")
+            unique = metrics["id_unique_share"]
+            shared = "most items share their codes with another: raise RqVae.n_layers or RqVae.codebook_size"
+            found = "healthy" if unique >= MIN_UNIQUE else shared
+            print(f"Verdict: {found}; every level uses {min(usage.values()):.1%} of its codes or more, ", end="")
+            print(f"{unique:.1%} of the items are unique without the extra level.")
         return
     levels = ", ".join(f"level {level} uses {value:.1%} of its codes" for level, value in low.items())
     message = (

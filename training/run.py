@@ -1,6 +1,5 @@
 """The folder of a run: its config, its log, its checkpoints, its final figures."""
 
-import ast
 import json
 import math
 import time
@@ -12,13 +11,25 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from data.files import write_file
-from training.checkpoint import Checkpoints, load_optimizer, load_weights
+from data.files import lock, write_file
+from training.checkpoint import STATE, Checkpoints, Content, load_optimizer, load_weights
 from training.distributed import content_from_main, from_main, tensors_from_main
 from training.tracking import Wandb
 
-# Parameters that change what a run writes or shows, never what it computes.
+ABSENT = "not there"
+# Arguments of `train` with which a run can be continued whatever they were: what they name is known by its content,
+# or they change what a run writes or shows, never what its steps compute.
 FREE = {
+    "dataset",
+    "dataset_folder",
+    "dataset_split",
+    "split",
+    "features",
+    "categories",
+    "pretrained_rqvae_path",
+    "pretrained_rqvae_revision",
+    "encode_catalogue",
+    "text_model",
     "save_dir_root",
     "save_model_every",
     "keep_checkpoints",
@@ -27,93 +38,59 @@ FREE = {
     "resume",
     "wandb_logging",
     "wandb_project",
-    "dataset_folder",
     "force_dataset_process",
     "min_usage",
     "collapse_is_error",
+    "sasrec_baseline",
+    "item_columns",
     "push_vae_to_hf",
     "vae_hf_model_name",
-    "mirrors",  # of `Downloads`, and where the tables of `CustomData` lie: the corpus is known by its hash
-    "attempts",
-    "interactions",
-    "items",
-    "text_model",
+    "push_to_hf",
+    "hf_model_name",
 }
 
 
 class Run:
-    """Everything a run leaves under `save_dir_root`. Only the main process reads or writes there.
+    """Everything a run leaves under `save_dir_root`. Only the main process reads or writes there, and no other run.
 
-    A folder that holds a run with the same config is continued; one with another config is left alone.
+    A folder that holds a run of equal values is continued; one with others is left alone.
     """
 
-    def __init__(
-        self,
-        root: str,
-        inputs: dict[str, str],
-        accelerator: Accelerator,
-        keep_checkpoints: int,
-        wandb_project: str | None,
-        resume: bool,
-    ) -> None:
-        """inputs: what identifies the data and artifacts the run reads. wandb_project: None logs to files only.
+    def __init__(self, root: str, settings: dict[str, Any], inputs: dict[str, str], accelerator: Accelerator) -> None:
+        """settings: the arguments of `train`. inputs: what identifies the data and artifacts the run reads.
 
-        Raises ValueError where the folder holds a run with another config, any run if `resume` is off, or damaged
-        checkpoints only; or where the processes of a launch don't read the same inputs.
+        Raises ValueError where another process is at work in the folder, or where it holds any run if `resume` is off,
+        or damaged checkpoints only.
         """
-        if keep_checkpoints < 1:
-            raise ValueError(f"train.keep_checkpoints is {keep_checkpoints}; at least 1 must be kept to go on from.")
         self.root, self._accelerator = Path(root), accelerator
+        self._settings, self._inputs, self._wandb = settings, inputs, None
         self.is_main = accelerator.is_main_process
-        self.checkpoints = Checkpoints(self.root / "checkpoints", keep_checkpoints)
-        self.config = {**bindings(), **inputs}  # what must be the same for a run to be continued
-        if self.config != from_main(self.config):
-            raise ValueError(
-                f"Process {accelerator.process_index} has another config or other inputs than the main process "
-                f"({inputs}): copy the dataset folder and the semantic IDs from one machine to the others."
-            )
-        self._last, self._wandb = None, None  # the content of the newest checkpoint, until `restore`
+        self.checkpoints = Checkpoints(self.root / "checkpoints", settings["keep_checkpoints"])
         if not self.is_main:
             return
-        last = self.checkpoints.newest()
-        if last is not None:
-            self._check_resumable(last, resume)
-            self._last = self.checkpoints.resume(last)
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._forget_after(-1 if self._last is None else self._last.state["step"])
-        if wandb_project is not None:
-            self._wandb = Wandb(wandb_project, self.root)
-
-    def _check_resumable(self, last: Path, resume: bool) -> None:
-        if not resume:
+        self._lock = lock(self.root / ".lock", "Wait until it has ended, or choose another train.save_dir_root.").lock
+        self._last = self.checkpoints.newest()
+        if self._last is not None and not settings["resume"]:
             raise ValueError(
                 f"{self.root} already holds a run. Choose another train.save_dir_root, delete the folder, or "
                 "continue it with train.resume = True."
             )
-        before = json.loads((last / "state.json").read_text())["config"]
-        now = self.config
-        changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        if changed:
-            lines = "\n".join(f"  {key}: {before.get(key, 'not set')} -> {now.get(key, 'not set')}" for key in changed)
-            raise ValueError(
-                f"{self.root} holds a run with another config:\n{lines}\n"
-                "Choose another train.save_dir_root, or delete the folder."
-            )
-
-    def _forget_after(self, step: int) -> None:
-        """Drops log lines of later steps, which this run will write again."""
-        file = self.root / "metrics.jsonl"
-        if file.exists():
-            lines = file.read_text().split("\n")[:-1]  # what follows the last line end was cut off by a crash
-            lines = [line for line in lines if json.loads(line)["step"] <= step]
-            write_file(file, "".join(f"{line}\n" for line in lines).encode())
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         """Continues from the newest checkpoint: model, optimizer and loss scale are those of then.
 
         Returns its state: "step", how many are done (0: a new run), and "best", the metrics of the best checkpoint.
+        Raises ValueError where it was made with other values or inputs, or where the processes of a launch differ.
         """
-        content, self._last = content_from_main(self._last, self._accelerator), None
+        values = {f"train.{name}": value for name, value in self._settings.items() if name not in FREE}
+        values |= {f"{type(model).__name__}.{name}": value for name, value in model.config.items()}
+        self.config = json.loads(json.dumps(values | self._inputs))  # what must be the same for a run to be continued
+        if self.config != from_main(self.config):
+            raise ValueError(
+                f"Process {self._accelerator.process_index} has another config or other inputs than the main process "
+                f"({self._inputs}): copy the dataset folder and the semantic IDs from one machine to the others."
+            )
+        content = content_from_main(self._continued() if self.is_main else None, self._accelerator)
         if content is None:
             return {"step": 0, "best": {}}
         model.load_state_dict(content.weights)
@@ -121,6 +98,25 @@ class Run:
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(content.state["scaler"])
         return content.state
+
+    def _continued(self) -> Content | None:
+        """The checkpoint to go on from, and the log up to its step; None in a new run. Raises as `restore` does."""
+        content = None
+        if self._last is not None:
+            before, now = json.loads((self._last / STATE).read_text())["config"], self.config
+            names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+            if names:
+                lines = "\n".join(f"  {name}: {before.get(name, ABSENT)} -> {now.get(name, ABSENT)}" for name in names)
+                raise ValueError(
+                    f"{self.root} holds a run with another config:\n{lines}\n"
+                    "Choose another train.save_dir_root, or delete the folder."
+                )
+            content = self.checkpoints.resume(self._last)
+        if (file := self.root / "metrics.jsonl").exists():  # later steps will be written again
+            step = -1 if content is None else content.state["step"]
+            lines = [line for line in file.read_text(errors="replace").split("\n") if _step(line) <= step]
+            write_file(file, "".join(f"{line}\n" for line in lines).encode())
+        return content
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, float], improved: bool
@@ -140,8 +136,9 @@ class Run:
         """Writes config.gin: every value in force, once all that reads the config has been made."""
         if self.is_main:
             write_file(self.root / "config.gin", gin.operative_config_str().encode())
-        if self._wandb is not None:
-            self._wandb.config({**values_in_force(), "gin": gin.operative_config_str()})
+            if self._settings["wandb_logging"]:
+                self._wandb = Wandb(self._settings["wandb_project"], self.root)
+                self._wandb.config({**self.config, "gin": gin.operative_config_str()})
 
     def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
         """Appends one line to metrics.jsonl."""
@@ -162,28 +159,16 @@ class Run:
         self.close(metrics)
 
     def close(self, summary: dict[str, float] | None = None, status: int = 0) -> None:
-        """Ends the wandb run. summary: its final table; status: the exit status, 0 if all went well."""
+        """Ends the wandb run and leaves the folder. summary: its final table; status: exit status, 0 if all is well."""
         if self._wandb is not None:
             self._wandb.finish(summary or {}, status)
+        if self.is_main:
+            self._lock.release(force=True)
 
 
-def bindings() -> dict[str, str]:
-    """What the config binds, except what changes no result: {"train.batch_size": "64", ..}."""
-    pairs = _pairs(gin.config_str(max_line_length=10**6))
-    return {key: value for key, value in pairs.items() if key.split(".")[-1] not in FREE}
-
-
-def values_in_force() -> dict[str, Any]:
-    """All parameters that were read, defaults as well: {"train.batch_size": 64, ..}; references stay text."""
-    result = {}
-    for key, value in _pairs(gin.operative_config_str(max_line_length=10**6)).items():
-        try:
-            result[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            result[key] = value
-    return result
-
-
-def _pairs(config: str) -> dict[str, str]:
-    lines = (line.split(" = ", 1) for line in config.splitlines() if " = " in line and not line.startswith("#"))
-    return dict(lines)
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity where a crash has cut or spoilt it."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf

@@ -19,6 +19,7 @@ from data.stream import stream
 from modules.loss import reconstruction_loss
 from modules.pretrained import resolve
 from modules.rqvae import RqVae
+from modules.tokenizer.index import read_index
 from modules.tokenizer.semids import IDS, SemanticIds, features_digest, load_item_features, rank_within_equal
 from modules.tokenizer.separate import number_groups, separate, surplus
 
@@ -92,8 +93,8 @@ def encoder_features(
 def extended_ids(model: RqVae, ids: SemanticIds, item_keys: list[str], x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Codes of a catalogue that has changed since `ids`: items that were there keep theirs, the others get the nearest.
 
-    New items that share all L codes with another move as in `catalogue_codes`, if the model separates; those that still
-    do get the next free number on the extra level, which is added if `ids` has none.
+    New items that share all L codes with another move as in `catalogue_codes`, if the model separates or `ids` has no
+    extra level; those that still do get the next free number on the extra level, which is added if `ids` has none.
     Shape: item_keys [N], x [M, input_dim] features of those that are new, in order -> codes [N, L'] int64 on the CPU,
     and the level sizes.
     """
@@ -105,7 +106,7 @@ def extended_ids(model: RqVae, ids: SemanticIds, item_keys: list[str], x: Tensor
         rank = ids.codes[rows.clamp_min(0), n_levels]
     if len(new):
         codes[new] = model.codes(x)
-    if model.config["separate_collisions"] and len(new):
+    if (model.config["separate_collisions"] or ids.codes.shape[1] == n_levels) and len(new):
         exact, size = model.exact().cpu(), model.config["codebook_size"]
         residual = exact.get_semantic_ids(x.cpu().double()).residuals[..., -1]
         near, order = exact.layers[-1].ranked(residual, min(MAX_CANDIDATES, size))
@@ -164,16 +165,23 @@ def load_or_make_ids(
     encode: bool = False,
     text_model: str | None = None,
 ) -> tuple[SemanticIds, np.ndarray | None]:
-    """The IDs at `path` (run or tokenizer folder, IDs file, Hub id at `revision`); with encode or features, those that
-    the tokenizer there (folder, `.pt` checkpoint, Hub id) gives the corpus. Beside them the item features that they
-    were made of, [N, D] float16 as the tokenizer's encoder sees them, without those from interactions; None where there
-    are none.
+    """The IDs at `path` (run or tokenizer folder, IDs file, index.json, Hub id at `revision`); with encode or features,
+    those that the tokenizer there (folder, `.pt` checkpoint, Hub id) gives the corpus. Beside them the item features
+    that they were made of, [N, D] float16 as the tokenizer's encoder sees them, without those from interactions; None
+    where there are none. An index.json keeps its IDs, and `features` are only what lies beside them.
 
     encode: by the tokenizer's own feature sources; see `encode_corpus`, and for text_model `FittedSources.load`.
     features: computes what a tokenizer without sources of its own reads. Raises what `SemanticIds.load`,
     `load_item_features`, `RqVae.from_pretrained` and `FittedSources.load` raise, and ValueError where the IDs are of
     another corpus or the features are not those that the tokenizer reads.
     """
+    if str(path).endswith(".json"):
+        if encode or revision:
+            raise ValueError(
+                f"'{path}' is a file of IDs: unset train.encode_catalogue, train.pretrained_rqvae_revision."
+            )
+        ids = read_index(path, corpus)
+        return with_features(ids, features().features) if features else (ids, None)
     if features is None and not encode:
         if str(path).endswith(".pt"):
             raise ValueError(f"'{path}' is a tokenizer without semantic IDs: set train.features to what it reads.")
@@ -198,6 +206,16 @@ def load_or_make_ids(
     x = torch.from_numpy(read.values)
     codes, seen = catalogue_codes(model, x), encoder_features(model, x, ~read.from_interactions)
     return make_ids(model, codes, corpus, read.identity, made.get("split", described.split), seen), seen
+
+
+def with_features(ids: SemanticIds, read: ItemFeatures) -> tuple[SemanticIds, np.ndarray | None]:
+    """IDs from elsewhere with features as an RQ-VAE's encoder would see them; what `load_or_make_ids` returns."""
+    x = torch.from_numpy(read.values)
+    model = RqVae(x.shape[1], hidden_dims=None, codebook_size=1, n_layers=1, codebook_kmeans_init=False)
+    model.initialize(x, torch.Generator())
+    seen = encoder_features(model, x, ~read.from_interactions)
+    digest = {} if seen is None else {"item_features": features_digest(seen)}
+    return replace(ids, tokenizer={**ids.tokenizer, "features": read.identity, **digest}), seen
 
 
 def encode_corpus(

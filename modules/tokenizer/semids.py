@@ -173,8 +173,8 @@ def _find(path: str | Path, revision: str | None, *beside: str) -> Path:
     )
     try:
         local = resolve(path, revision, (IDS, *beside))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{missing} {error}") from error
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(f"{missing} {error}") from error
     for file in (local, local / IDS, local / "tokenizer" / IDS):
         if file.is_file():
             return file

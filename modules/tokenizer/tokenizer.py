@@ -13,7 +13,7 @@ from data.items import Items
 from data.sources import SOURCES, STATES, FittedSources
 from modules.pretrained import CONFIG, WEIGHTS, resolve
 from modules.rqvae import RqVae
-from modules.tokenizer.catalogue import encoder_features
+from modules.tokenizer.catalogue import beside, encoder_features
 
 if TYPE_CHECKING:
     import polars as pl
@@ -43,6 +43,20 @@ class Tokenizer:
                 f"({sources.identity}) give {sum(sources.widths)}."
             )
         return Tokenizer(model, sources)
+
+    @staticmethod
+    def found(path: str | Path, revision: str | None = None, text_model: str | None = None) -> "Tokenizer | None":
+        """The same; None where there is no tokenizer with its feature sources, or it is on the Hub and out of reach."""
+        path = folder if (folder := Path(path) / "tokenizer").is_dir() else path
+        try:
+            return Tokenizer.from_pretrained(path, revision, text_model) if beside(path, revision, SOURCES) else None
+        except ConnectionError:
+            return None
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model and the sources."""
+        self.model.save_pretrained(folder)
+        self.sources.save(folder)
 
     def features(self, items: "Items | pl.DataFrame | Sequence[Mapping]") -> Tensor:
         """What the model reads of M items, as `Items.read` takes them -> [M, input_dim] float32, on the CPU."""

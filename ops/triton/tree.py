@@ -96,8 +96,9 @@ def _backward(
 
 @torch.library.custom_op("retrieval::tree_cross_entropy", mutates_args=())
 def tree_cross_entropy(
-    query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, fanout: int, smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, order: Tensor, fanout: int,
+    smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses and normalizers, [P] float32 each, and pulls as the query; see `_forward` and
     `ops.tree.tree_cross_entropy`. The losses alone have a gradient."""
     query, vectors = query.contiguous(), vectors.contiguous()
@@ -115,20 +116,20 @@ def tree_cross_entropy(
 
 
 @tree_cross_entropy.register_fake
-def _(query, vectors, first_child, parents, targets, fanout, smoothing):
+def _(query, vectors, first_child, parents, targets, order, fanout, smoothing):
     losses = query.new_empty(len(query), dtype=torch.float32)
     return losses, torch.empty_like(losses), query.new_empty(query.shape)
 
 
 @torch.library.custom_op("retrieval::tree_cross_entropy_backward", mutates_args=())
 def tree_cross_entropy_backward(
-    query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, normalizers: Tensor,
-    grad_losses: Tensor, smoothing: float,
+    query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, order: Tensor,
+    normalizers: Tensor, grad_losses: Tensor, smoothing: float,
 ) -> Tensor:  # fmt: skip
     """The gradient of the vectors [n, d], in their dtype."""
     query, vectors = query.contiguous(), vectors.contiguous()
     n, width = vectors.shape
-    firsts, order = first_child[parents].sort(stable=True)
+    firsts = first_child[parents[order]]
     starts = torch.arange(0, n, CHILDREN, dtype=torch.int32, device=query.device)
     opening = first_child[torch.searchsorted(first_child, starts, right=True) - 1]  # the first sibling of the block's
     begins, ends = torch.searchsorted(firsts, opening), torch.searchsorted(firsts, starts + CHILDREN)
@@ -144,7 +145,7 @@ def tree_cross_entropy_backward(
 
 
 @tree_cross_entropy_backward.register_fake
-def _(query, vectors, first_child, parents, targets, normalizers, grad_losses, smoothing):
+def _(query, vectors, first_child, parents, targets, order, normalizers, grad_losses, smoothing):
     return vectors.new_empty(vectors.shape)
 
 
@@ -157,7 +158,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, grad_losses: Tensor, *_):
     pulls, *tensors = ctx.saved_tensors
     grad_query = (grad_losses[:, None] * pulls).to(pulls.dtype)
-    return grad_query, tree_cross_entropy_backward(*tensors, grad_losses, ctx.smoothing), *(None,) * 5
+    return grad_query, tree_cross_entropy_backward(*tensors, grad_losses, ctx.smoothing), *(None,) * 6
 
 
 tree_cross_entropy.register_autograd(_gradients, setup_context=_save)

@@ -1,6 +1,7 @@
 """Co-occurrence features against loops and dense algebra."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.cooccurrence import CoOccurrenceSvd, cooccurrence_counts
+from data import cooccurrence
+from data.cooccurrence import CoOccurrenceSvd, cooccurrence_counts, mutual_information, sklearn_svd, torch_svd
 from data.corpus import Corpus
 from data.features import item_features
 from data.items import Items
@@ -61,11 +63,12 @@ rows_strategy = st.lists(st.lists(st.integers(0, N_ITEMS - 1), min_size=1, max_s
 @settings(deadline=None, max_examples=25)
 @given(rows_strategy, st.integers(1, 14), st.data())
 def test_counts_are_those_of_a_double_loop(rows, window, data):
-    cuts = [data.draw(st.integers(0, len(row))) for row in rows]
-    corpus = make(rows)
-    counts = cooccurrence_counts(corpus.interactions, torch.tensor(cuts), N_ITEMS, window)
-    training = [row[:cut] for row, cut in zip(rows, cuts, strict=True)]
-    np.testing.assert_allclose(counts.toarray(), counts_by_hand(training, N_ITEMS, window), rtol=1e-12)
+    items = np.array([item for row in rows for item in row], dtype=np.int32)
+    users = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    blocks = list(cooccurrence_counts(items, users, N_ITEMS, window, block=data.draw(st.integers(1, 20))))
+    assert [first for first, _ in blocks] == [0, *np.cumsum([block.shape[0] for _, block in blocks])[:-1]]
+    counts = np.concatenate([block.toarray() for _, block in blocks])
+    np.testing.assert_allclose(counts, counts_by_hand(rows, N_ITEMS, window), rtol=1e-5)
 
 
 def random_rows(seed: int, n_items: int, n_users: int = 30) -> list[list[int]]:
@@ -82,6 +85,33 @@ def test_vectors_are_those_of_the_dense_decomposition(n_items, dim):
     counts = counts_by_hand([row[:-2] for row in rows], n_items, window=3)
     expected = vectors_by_hand(counts, dim)
     np.testing.assert_allclose(values @ values.T, expected @ expected.T, atol=1e-5)  # up to the signs of columns
+
+
+def grouped_corpus(n_items: int, groups: int) -> Corpus:
+    """Users who stay in one of the groups, but for every fifth item."""
+    draw = np.random.default_rng(0)
+    own = draw.integers(groups, size=(1500, 1)) + groups * draw.integers(n_items // groups, size=(1500, 20))
+    return make(np.where(draw.random(own.shape) < 0.2, draw.integers(n_items, size=own.shape), own).tolist(), n_items)
+
+
+@pytest.mark.parametrize("svd", [sklearn_svd, partial(torch_svd, device=torch.device("cpu"))])
+def test_a_catalogue_larger_than_the_random_subspace_has_the_exact_one(svd):
+    corpus = grouped_corpus(n_items=600, groups=12)
+    matrix, _ = mutual_information(corpus.interactions, corpus.interactions.offsets.diff(), 600, window=5)
+    left, singular = svd(matrix, 12)
+    exact, values, _ = np.linalg.svd(matrix.toarray().astype(float))
+    np.testing.assert_allclose(singular, values[:12], rtol=1e-3)
+    assert np.linalg.norm(exact[:, :12].T @ left) ** 2 / 12 > 0.999  # 1: the same subspace
+
+
+def test_a_row_keeps_its_largest_entries(monkeypatch):
+    corpus = grouped_corpus(n_items=60, groups=3)
+    lengths = corpus.interactions.offsets.diff()
+    whole = mutual_information(corpus.interactions, lengths, 60, window=5)[0].toarray()
+    monkeypatch.setattr(cooccurrence, "NEIGHBOURS", 7)
+    kept = mutual_information(corpus.interactions, lengths, 60, window=5)[0].toarray()
+    assert ((whole > 0).sum(1) > 7).all()
+    np.testing.assert_array_equal(kept, np.where(whole >= np.sort(whole, 1)[:, [-7]], whole, 0))
 
 
 def test_items_that_training_never_shows_are_zero_and_do_not_shift_the_others():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.corpus import Corpus
 from data.schemas import Interactions
-from data.strings import pack_strings, unpack_strings
+from data.strings import pack_lists, pack_strings, unpack_lists, unpack_strings
 
 PARTS = {
     "items": [0, 2, 1, 2, 2],
@@ -56,6 +56,11 @@ def test_strings_survive_packing(strings):
     assert unpack_strings(packed, offsets) == strings
 
 
+@given(st.lists(st.lists(st.text(), max_size=3)))
+def test_lists_of_strings_survive_packing(lists):
+    assert unpack_lists(*pack_lists(lists)) == lists
+
+
 @pytest.mark.parametrize(
     ("packed", "offsets"),
     [([65], []), ([65], [1]), ([65], [0, 2]), ([65, 66], [0, 2, 1, 2]), ([255], [0, 1])],
@@ -76,6 +81,10 @@ def test_what_a_corpus_holds():
     assert corpus.items.columns == ["key", "text", "categories"]
     assert corpus.items["categories"].to_list() == PARTS["categories"]
     assert corpus.texts() == PARTS["texts"]
+    columns = {"text": [[text] for text in PARTS["texts"]], "categories": PARTS["categories"]}
+    assert corpus.columns(["text", "categories"]) == columns
+    with pytest.raises(ValueError, match="train.item_columns names 'genre'; .* 'tiny' have key, text, categories"):
+        corpus.columns(["genre"])
 
 
 texts = st.text(max_size=8)

@@ -206,6 +206,7 @@ def test_the_settings_name_the_model_and_what_was_read_of_it(monkeypatch, model_
     hub = SentenceEncoder("owner/name")
     assert hub.settings["revision"] == "c0ffee" and SentenceEncoder(**hub.settings).identity == "owner/name"
     assert SentenceEncoder("owner/name", revision="old").settings["revision"] == "old", "not fetched"
+    assert SentenceEncoder("/gone/folder").settings["model"] == "/gone/folder"
     assert SentenceEncoder("owner/name", "old").content(make(), None) != hub.content(make(), None)
 
 

@@ -1,4 +1,5 @@
 import re
+import select
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -187,7 +188,7 @@ def test_values_that_are_not_finite_are_refused_by_item(tmp_path, value):
     output[[5, 3], 1] = value
     with pytest.raises(ValueError, match=r"lengths: item 3 \('key3'\)"):
         compute(make(), [Lengths(output=output)], tmp_path)
-    assert not (tmp_path / "features").exists()
+    assert not (tmp_path / "features/tiny").exists()
 
 
 @pytest.mark.parametrize("shape", [(6, 2), (7,), (7, 2, 1)])
@@ -247,3 +248,36 @@ print(item_features(corpus, [encoder], {str(tmp_path)!r}, lengths, categories=Tr
     output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr
     assert float(output.stdout) == pytest.approx(built.values.sum(dtype="float64"))
+
+
+TWO_RUNS = """
+import sys
+import numpy as np
+from tests.data.test_features import Lengths, compute, make
+
+class Slow(Lengths):
+    chunk_items = 2
+
+    def encode(self, texts):
+        if not self.calls:
+            print("encoding", flush=True)
+            sys.stdin.readline()
+        self.calls.append(texts)
+        return np.ones((len(texts), 2), np.float32)
+
+source = Slow()
+compute(make(), [source], sys.argv[1])
+print(len(source.calls), flush=True)
+"""
+
+
+def test_two_runs_that_need_the_same_features_encode_them_once(tmp_path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": REPOSITORY, "text": True}
+    command = [sys.executable, "-c", TWO_RUNS, str(tmp_path)]
+    with subprocess.Popen(command, **pipes) as one, subprocess.Popen(command, **pipes) as two:
+        first, _, _ = select.select([one.stdout, two.stdout], [], [])
+        one, two = (one, two) if first[0] is one.stdout else (two, one)
+        assert one.stdout.readline() == "encoding\n"
+        assert f"features: waiting for process {one.pid} on" in two.stdout.readline()
+        outputs = [one.communicate("\n")[0], two.communicate()[0]]
+    assert [output.splitlines()[-1] for output in outputs] == ["4", "0"]  # chunks of 2 texts

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from data.cooccurrence import cooccurrence_counts
+from data.cooccurrence import mutual_information
 from data.schemas import Interactions, Samples
 from data.splits import draw_splits, drawn, every_prefix, leave_one_out, shuffle_ties, temporal, windows
 from data.utils import SequenceSource
@@ -162,7 +162,7 @@ def test_what_comes_after_the_cut_reaches_neither_features_nor_training_batches(
     for items in (interactions.items, changed):
         corpus_interactions = Interactions(items, interactions.offsets, interactions.timestamps)
         lengths = temporal(corpus_interactions, 0.2, 0.2).train_lengths
-        counts = cooccurrence_counts(corpus_interactions, lengths, n_items, window=2).toarray()
+        counts = mutual_information(corpus_interactions, lengths, n_items, window=2)[0].toarray()
         samples = windows(lengths, 3)
         source = SequenceSource(corpus_interactions, samples, 3, torch.device("cpu"), every_position=True)
         batch = source.batch(torch.arange(len(samples))) if len(samples) else None

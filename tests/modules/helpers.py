@@ -75,9 +75,9 @@ def dense_bias(bias: RelativePositionBias, distance: Tensor, bidirectional: bool
 
 def described(mlp, features: Tensor) -> Tensor:
     """What a perceptron adds to vectors: features [M, D] -> [M, dim]."""
-    hidden = features @ mlp[1].weight.T + mlp[1].bias
+    hidden = features @ mlp[0].weight.T + mlp[0].bias
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-    return 0.1 * (hidden @ mlp[3].weight.T + mlp[3].bias)
+    return hidden @ mlp[2].weight.T + mlp[2].bias
 
 
 def dense_sum(vectors, blocks: list[tuple[list[int], int]], features: Tensor | None) -> Tensor:

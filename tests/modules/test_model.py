@@ -30,7 +30,7 @@ LENGTHS = {
 ALL = {"item_parts": ("free", "codes", "nodes", "features")}
 LAYOUTS = {
     "both heads": ALL,
-    "smoothed": {**ALL, "item_smoothing": 0.1, "tree_smoothing": 0.2},
+    "smoothed": {**ALL, "label_smoothing": 0.1},
     "tree alone": {"item_loss": 0.0, "item_parts": ("codes", "nodes"), "node_parts": ("free",), "features": 0},
     "item head alone": {"tree_loss": 0.0, "item_parts": ("free",), "features": 0},
     "decoder": {"decoder_layers": 2},
@@ -51,7 +51,7 @@ def dense_losses(model, histories, targets, seen) -> tuple[torch.Tensor, torch.T
     flat = torch.tensor([item for own in targets for item in own])
     head, levels = torch.zeros(()), torch.zeros(CODES.shape[1])
     if "items" in model.heads:
-        logits, smoothing = state @ items.T, model.item_smoothing
+        logits, smoothing = state @ items.T, model.label_smoothing
         losses = []
         for row, gone, target in zip(logits, seen, flat.tolist(), strict=True):
             biased = row + 10 * model.seen * torch.tensor([n in gone for n in range(N_ITEMS)])
@@ -59,7 +59,7 @@ def dense_losses(model, histories, targets, seen) -> tuple[torch.Tensor, torch.T
         head = torch.stack(losses).mean()
     if "tree" in model.heads:
         log_probs = dense_log_probs(queries, CODES, nodes)  # [P, N, L']
-        smoothing, rows = model.tree_smoothing, []
+        smoothing, rows = model.label_smoothing, []
         for place, target in enumerate(flat.tolist()):
             losses = []
             for depth in range(CODES.shape[1]):
@@ -97,6 +97,37 @@ def test_losses_and_gradients_are_those_of_the_padded_twin(case, layout):
     theirs = torch.autograd.grad(whole, parameters)
     for name, mine, other in zip(names, torch.autograd.grad(out.loss, parameters), theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_catalogue_with_hashed_rows_learns_from_samples(monkeypatch):
+    """The children are all there, and the sampled softmax over the items is close to the whole one."""
+    monkeypatch.setattr("modules.model.SAMPLED_ITEMS", 100_000)
+    tree, counts = Tree.build(CODES), torch.arange(N_ITEMS)
+    features = torch.randn(N_ITEMS, 5, generator=torch.Generator().manual_seed(0))
+    size = dict(dim=12, ff_dim=20, n_heads=2, head_dim=5, dropout=0.0)
+    model = EncoderDecoderRetrievalModel(tree, features, counts, max_rows=4, **size).double()
+    batch = make_batch(random_histories([3, 1, 7]), random_histories([3, 1, 5], seed=1))
+    vectors, items = model.vectors(), batch.targets.values
+    state = model._encoder_output(batch.history, vectors).values
+    rows = torch.cat([torch.arange(3), torch.tensor([3]), torch.arange(6, 11)])
+    whole = F.cross_entropy(state[rows] @ vectors.items.T, items)
+    torch.manual_seed(0)
+    out = model(batch)
+    torch.testing.assert_close(out.items, whole.to(out.items), rtol=0.02, atol=0.0)
+    own = Tree.build(CODES).item_nodes[items].long()
+    for depth in range(1, CODES.shape[1]):
+        children = tree.first_child[depth].diff()[own[:, depth]]
+        starts, losses = tree.first_child[depth][own[:, depth]], []
+        for p, (start, count) in enumerate(zip(starts.tolist(), children.tolist(), strict=True)):
+            logits = model.queries[depth](state[rows[p]]) @ vectors.nodes[depth][start : start + count].T
+            losses.append(F.cross_entropy(logits, own[p, depth + 1] - start))
+        torch.testing.assert_close(out.levels[depth], torch.stack(losses).mean().to(out.levels))
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p is not model.seen)
+    monkeypatch.setattr("modules.model.SAMPLED_CHILDREN", 1)  # fewer than children
+    assert torch.isfinite(model(batch).loss)
+    with pytest.raises(ValueError, match="item_tokens = False takes up to max_rows = 4 items"):
+        EncoderDecoderRetrievalModel(tree, features, max_rows=4, item_tokens=False, **size)
 
 
 @pytest.mark.parametrize("layout", ["both heads", "TIGER"])

@@ -11,23 +11,9 @@ import torch
 
 from modules.pretrained import push_folder, resolve
 from modules.rqvae import RqVae
-from tests.hub import Hub, commit_of
+from tests.hub import commit_of
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The client reads HF_ENDPOINT once, when it is imported: here its constants are set."""
-    from huggingface_hub import constants
-
-    hub = Hub()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield hub
-    hub.close()
 
 
 @pytest.fixture
@@ -76,6 +62,15 @@ def test_a_repository_that_is_not_there_is_named(hub):
         RqVae.from_pretrained("owner/nothing")
 
 
+def test_a_private_repository_needs_a_token(hub, model, monkeypatch):
+    model.push_to_hub("owner/tokenizer")
+    hub.private.add("owner/tokenizer")
+    with pytest.raises(FileNotFoundError, match="'owner/tokenizer', or it is private: log in with `hf auth login`"):
+        RqVae.from_pretrained("owner/tokenizer")
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    assert same(RqVae.from_pretrained("owner/tokenizer"), model)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_file_that_is_not_there_is_named(hub, model, name):
     model.push_to_hub("owner/tokenizer")
@@ -88,18 +83,25 @@ def test_a_file_that_is_not_there_is_named(hub, model, name):
 def test_a_damaged_file_is_named(hub, model, content):
     model.push_to_hub("owner/tokenizer")
     hub.repositories["owner/tokenizer"]["main"]["model.safetensors"] = content
-    with pytest.raises(ValueError, match="owner--tokenizer.* is damaged"):
+    with pytest.raises(ValueError, match="is damaged .*: delete .*models--owner--tokenizer to fetch it again"):
         RqVae.from_pretrained("owner/tokenizer")
 
 
 def test_without_a_network_a_cached_copy_serves(hub, model, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
+    """And nothing is tried again and again."""
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("the client waits"))
     model.push_to_hub("owner/tokenizer")
     RqVae.from_pretrained("owner/tokenizer")
     hub.close()
-    assert same(RqVae.from_pretrained("owner/tokenizer"), model)
-    with pytest.raises(ConnectionError, match="'owner/other'.* neither in the local cache"):
-        RqVae.from_pretrained("owner/other")
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        assert same(RqVae.from_pretrained("owner/tokenizer"), model)
+        with pytest.raises(FileNotFoundError, match="no sources.json in the Hub repository 'owner/tokenizer'"):
+            resolve("owner/tokenizer", files=("sources.json",))
+        for absent in (lambda: resolve("owner/other"), lambda: resolve("owner/tokenizer", files=("README.md",))):
+            with pytest.raises(ConnectionError, match=r"^There is no .* whole in the local cache.*fetched: [^\n]*$"):
+                absent()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(ConnectionError, match="'owner/tokenizer' took no upload"):
         model.push_to_hub("owner/tokenizer")
 
@@ -110,14 +112,19 @@ def test_an_upload_that_is_refused_is_told(hub, model):
         model.push_to_hub("owner/tokenizer")
 
 
-def test_what_is_on_this_machine_is_never_looked_for_elsewhere(tmp_path, monkeypatch):
+def test_what_is_meant_to_be_on_this_machine_is_never_looked_for_elsewhere(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
+    hub.repositories["out/run"] = {"main": {}}
+    for path in (Path("out/run"), "./out/run", "../out/run", "~/run", "out/run/deeper", "out/a--b", "run"):
+        with pytest.raises(FileNotFoundError, match=f"no file or folder '{path}', and it is no Hub id"):
+            resolve(path)
     (tmp_path / "out" / "run").mkdir(parents=True)
     assert resolve("out/run") == Path("out/run")
     with pytest.raises(ValueError, match="revision = 'v1'"):
         resolve("out/run", "v1")
     with pytest.raises(FileNotFoundError, match="no Hub id"):
-        resolve("out/run/deeper")
+        resolve("out/other")
+    assert hub.asked == []
 
 
 def test_the_clients_own_setting_of_the_endpoint_holds(hub, model, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from data.corpus import title
 from modules import recommender as module
+from modules.pipeline import Pipeline
 from modules.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds
 from tests.modules.helpers import dense_log_probs, dense_queries, make_model, random_catalogue
@@ -16,6 +18,7 @@ from tests.modules.test_model import features_of
 
 N, MAX_ITEMS, SHARE = 23, 3, 0.3
 COUNTS = torch.arange(N) % 7
+COLUMNS = {"categories": [["All", f"Group {n % 4}"] if n else [] for n in range(N)]}
 
 
 def make_recommender(**changed) -> Recommender:
@@ -27,7 +30,7 @@ def make_recommender(**changed) -> Recommender:
         model.seen.data.fill_(-0.05)
     ids = SemanticIds(codes, sizes, [str(n) for n in range(N)], "made", "0" * 16)
     titles = [f"title {n}" for n in range(N)]
-    return Recommender(model, ids, titles, COUNTS, MAX_ITEMS)
+    return Recommender(Pipeline(model, ids, None, titles, COUNTS, MAX_ITEMS, columns=COLUMNS))
 
 
 @torch.no_grad()
@@ -139,6 +142,24 @@ def test_the_rows_of_a_batch_do_not_touch_each_other():
     assert RECOMMENDER.recommend([]) == []
 
 
+def test_a_predicate_stands_for_the_keys_of_the_items_that_it_fits():
+    keys = RECOMMENDER.where("categories = group 2")
+    assert keys == [str(n) for n in range(2, N, 4)]
+    for name, predicate in (("allow", "categories contains P 2"), ("block", "categories=Group 2")):
+        one, other = (RECOMMENDER.rank(HISTORIES, N, **{name: given}) for given in (predicate, keys))
+        assert torch.equal(one.items, other.items) and torch.equal(one.scores, other.scores)
+    each = [RECOMMENDER.where("title = title 9"), ["1", "2"], []]
+    found = [[item.key for item in row.items] for row in RECOMMENDER.recommend(HISTORIES, allow=each)]
+    assert found[::2] == [["9"], []]
+
+
+def test_a_series_of_lists_ranks_as_lists_do():
+    rows = [["3", "none", "1"], [], ["5"], None]
+    one, other = RECOMMENDER.rank(pl.Series(rows), 5), RECOMMENDER.rank([row or [] for row in rows], 5)
+    for field in ("items", "scores", "known", "unknown"):
+        assert (getattr(one, field) == getattr(other, field)).all()
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="k = 0"):
         RECOMMENDER.rank([[1]], 0)
@@ -164,5 +185,5 @@ def test_the_title_is_what_stands_before_the_labels(text, expected):
 def test_what_is_no_list_of_keys_is_refused(histories):
     with pytest.raises(ValueError, match="key"):
         make_recommender().recommend(histories)
-    with pytest.raises(ValueError, match="as a list of their keys|is a text or a number"):
+    with pytest.raises(ValueError, match="'12' is neither a list of keys nor a predicate"):
         make_recommender().recommend([["1"]], block="12")

@@ -226,9 +226,12 @@ def test_a_missing_file_is_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"standardize": "row"}, "RqVae.standardize is 'row'"),
+        ({"standardize": "row"}, "RqVae.standardize = 'row': Input should be 'column', 'global' or 'none'"),
+        ({"n_layers": 0}, "RqVae.n_layers = 0: Input should be greater than 0"),
+        ({"hidden_dims": (16, 0)}, r"RqVae.hidden_dims.*\[1\] = 0: Input should be greater than 0"),
+        ({"hidden_dims": 16}, "RqVae.hidden_dims.* = 16: Input should be a valid tuple"),
         ({"n_cat_features": 9}, "RqVae.n_cat_features is 9; the input has 9 columns"),
-        ({"n_cat_features": -1}, "RqVae.n_cat_features is -1"),
+        ({"n_cat_features": -1}, "RqVae.n_cat_features = -1: Input should be greater than or equal to 0"),
         ({"activation": "tanh"}, "activation is 'tanh'"),
         ({"codebook_distance": "l1"}, "distance is 'l1'"),
     ],
@@ -256,5 +259,5 @@ def test_what_interactions_say_is_hidden_from_the_encoder_and_restored_by_the_de
     torch.testing.assert_close(errors, (decoded - x).square().sum(1))
     model.eval().row_losses(x)
     assert torch.equal(seen[-1], x) and "from_interactions" not in model.state_dict()
-    with pytest.raises(ValueError, match="RqVae.drop_interactions is 1.0"):
+    with pytest.raises(ValueError, match="RqVae.drop_interactions = 1.0: Input should be less than 1"):
         RqVae(6, drop_interactions=1.0)

@@ -71,6 +71,18 @@ def test_means_are_over_the_items_below_a_node(codes, dtype):
         torch.testing.assert_close(means.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_the_nodes_of_another_tree_are_found_by_prefix(data):
+    levels = data.draw(st.integers(1, 4))
+    row = st.tuples(*[st.integers(0, 4)] * levels)
+    one, other = (torch.tensor(data.draw(st.lists(row, min_size=1, max_size=25, unique=True))) for _ in range(2))
+    found = Tree.build(one).nodes_of(Tree.build(other))
+    for nodes, own, theirs in zip(found, by_prefix(one)[1:], by_prefix(other)[1:], strict=True):
+        number = {prefix: n for n, prefix in enumerate(own)}
+        assert nodes.tolist() == [number.get(prefix, -1) for prefix in theirs]
+
+
 def test_level_sizes_may_exceed_the_codes_in_use():
     assert Tree.build(torch.tensor([[0, 3], [1, 0]]), (256, 256)).level_sizes == (256, 256)
 

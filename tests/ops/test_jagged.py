@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops import reference
+from ops import jagged, reference
 from ops.jagged import JaggedTensor, jagged_attention, lengths_to_offsets
 
 lengths_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=6)
@@ -205,3 +205,10 @@ def test_scores_may_exceed_the_largest_float16():
     v = torch.tensor([0.0, 1.0], dtype=torch.float16)[:, None, None].expand(2, 1, 64)
     out = jagged_attention(JaggedTensor.uniform(q), pair(JaggedTensor.uniform(k), v), scale=1e-3).values
     assert float(out[0, 0, 0]) == pytest.approx(1 / (1 + math.exp(-2.56)), abs=1e-3)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_kernels_run_on_a_gpu_where_triton_is_installed(monkeypatch, triton):
+    monkeypatch.setattr(jagged, "HAS_TRITON", triton)
+    assert jagged.runs_kernels(torch.device("cuda")) == triton
+    assert not jagged.runs_kernels(torch.device("cpu"))

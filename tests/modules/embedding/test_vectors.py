@@ -16,9 +16,9 @@ FEATURES = torch.randn(N_ITEMS, COLUMNS, dtype=torch.float64, generator=torch.Ge
 PARTS = [("free",), ("codes",), ("nodes",), ("features",), ("features", "nodes", "codes", "free")]
 
 
-def make(build, parts: tuple[str, ...], features: torch.Tensor | None = FEATURES):
+def make(build, parts: tuple[str, ...], features: torch.Tensor | None = FEATURES, max_rows: int = 100):
     """In float64 and evaluation mode."""
-    return build(parts, Tree.build(CODES, SIZES), features, DIM, 0.5, 0.2).double().eval()
+    return build(parts, Tree.build(CODES, SIZES), features, DIM, 0.5, 8, max_rows).double().eval()
 
 
 def blocks(vectors: VectorSum, sizes: list[int]) -> list[torch.Tensor]:
@@ -76,6 +76,26 @@ def check(vectors: VectorSum, expected: torch.Tensor) -> None:
     grads = [torch.autograd.grad((t * weights).sum(), leaves) for t in (out, expected)]
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_more_items_than_rows_share_hashed_ones():
+    max_rows = 13
+    vectors = make(item_vectors, ("free", "codes", "features"), max_rows=max_rows)
+    assert len(vectors.table) == max_rows + sum(SIZES)
+    own, shared = vectors.rows[:, :2].long(), vectors.rows[:, 2:].long()
+    assert 0 <= own.min() and own.max() < max_rows and len(own.unique(dim=0)) > max_rows  # pairs tell most items apart
+    assert torch.equal(shared, CODES + torch.tensor([max_rows, max_rows + SIZES[0], max_rows + sum(SIZES[:2])]))
+    expected = vectors.table[own].sum(1) + vectors.table[shared].sum(1) + described(vectors.mlp, FEATURES)
+    torch.testing.assert_close(vectors(), expected.detach(), rtol=1e-10, atol=1e-12)
+    index = torch.tensor([3, 0, 3, 16])
+    taken, leaves = vectors.take(index), list(vectors.parameters())
+    torch.testing.assert_close(taken, expected[index], rtol=1e-10, atol=1e-12)
+    weights = torch.randn(taken.shape, dtype=torch.float64)
+    grads = [torch.autograd.grad((t * weights).sum(), leaves, retain_graph=True) for t in (taken, expected[index])]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    levels = make(node_vectors, ("free",), max_rows=len(PREFIXES[1]))
+    assert [level.all_at_once for level in levels] == [True, True, len(PREFIXES[2]) <= len(PREFIXES[1])]
 
 
 def test_vectors_start_the_residual_stream():

@@ -45,7 +45,11 @@ def loop(query, vectors, first_child, parents, targets, smoothing) -> torch.Tens
 
 
 def operation(name: str):
-    return tree.tree_cross_entropy if name == "twin" else lambda *arguments: kernels.tree_cross_entropy(*arguments)[0]
+    if name == "twin":
+        return tree.tree_cross_entropy
+    return lambda q, v, f, parents, t, *r: kernels.tree_cross_entropy(
+        q, v, f, parents, t, parents.argsort(stable=True), *r
+    )[0]
 
 
 def check(name, query, vectors, *places, smoothing=0.0, dtype=torch.float32) -> list[torch.Tensor]:
@@ -245,7 +249,8 @@ def test_more_children_than_there_are_places_is_an_error(count):
 def test_the_operators_are_registered_completely():
     query, vectors, *places = draw([4, 2], 6)
     arguments = query.float().requires_grad_(), vectors.float().requires_grad_(), *places
-    torch.library.opcheck(kernels.tree_cross_entropy, (*arguments, 4, 0.1))
+    order = places[1].argsort(stable=True)
+    torch.library.opcheck(kernels.tree_cross_entropy, (*arguments, order, 4, 0.1))
     query, scores, vectors, first_child, nodes = beams([2, 3], 1, 2, True)
     torch.library.opcheck(search.child_logits, (query, vectors, first_child, nodes, 3))
     logits = torch.randn(1, 2, 3, device=DEVICE)
