@@ -8,6 +8,11 @@ page.html, which opens without a network: the tree of IDs, code frequencies, cur
 what is recommended and what came, and calibration.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it quietly
+
 import argparse
 import sys
 from pathlib import Path
@@ -16,9 +21,9 @@ import numpy as np
 
 from data.histories import read_histories
 from data.results import Texts, write_table
-from modules.inspection import HELD_OUT, HeldOut, dashed, first_codes, neighbours
-from modules.pipeline import Pipeline
-from modules.recommender import Recommender
+from modules.serving.inspection import HELD_OUT, HeldOut, dashed, first_codes, neighbours
+from modules.serving.pipeline import Pipeline
+from modules.serving.recommender import Recommender
 from training.page import write_page
 
 

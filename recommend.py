@@ -8,8 +8,12 @@ The pipeline is the run folder of train_decoder.py, its pipeline/ alone, or a Hu
 or user, item and timestamp with one interaction a row.
 """
 
-import argparse
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
+
+import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,8 +26,8 @@ from tqdm import tqdm
 
 from data.histories import Histories, read_histories, read_keys
 from data.results import Columns, Texts, partial_path, write_table
-from modules.lookup import PREDICATE
-from modules.recommender import Ranked, Recommender
+from modules.serving.lookup import PREDICATE
+from modules.serving.recommender import Ranked, Recommender
 from training import distributed, report
 
 CHUNKS = {"cpu": 2048, "cuda": 32_768}  # histories that a process ranks before they are written
@@ -154,6 +158,7 @@ def show(recommender: Recommender, items: list[str], options: dict) -> None:
 
 def main() -> None:
     """Bad input ends with one message and exit status 1; --traceback shows all."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on
     arguments = parse()
     part = partial_path(arguments.out) if arguments.out else None
     try:

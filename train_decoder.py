@@ -5,63 +5,62 @@
 Needs the tokenizer of the same corpus, from train_rqvae.py. The best checkpoint by validation NDCG is tested once.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
+
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import gin
 import torch
 from accelerate.utils import set_seed
-from pydantic import NonNegativeInt, PositiveInt, SkipValidation
 
+from common.files import write_file
+from common.parameters import CorpusPath, Name, NonNegativeInt, PathName, PositiveInt, Rate, Seed, configurable
+from data.batches import SequenceSource, bucket_size, padding_rows
 from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
 from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
-from data.features import FeatureSource, item_features
-from data.files import write_file
-from data.parameters import Rate, checked
-from data.processed import RecDataset, load_corpus
-from data.splits import draw_splits, every_prefix, in_training, windows
-from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, seed_noise
+from data.features import Sources, item_features
+from data.processed import RecDataset
+from data.shuffle import Shuffler, derive_seed, seed_noise
+from data.splits import SplitKind, Splits, every_prefix, in_training, windows
 from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.card import pipeline_card
-from modules.inspection import HELD_OUT, save_held_out
 from modules.model import EncoderDecoderRetrievalModel
-from modules.pipeline import Pipeline
 from modules.pretrained import CARD, HUB_ID, push_folder
-from modules.tokenizer.catalogue import Described, load_or_make_ids
+from modules.serving.inspection import HELD_OUT, save_held_out
+from modules.serving.pipeline import Pipeline
+from modules.tokenizer.catalogue import load_or_make_ids
+from modules.tokenizer.semids import SemanticIds
 from modules.tokenizer.tokenizer import Tokenizer
 from modules.tree import Tree
-from ops.jagged import runs_kernels
+from ops.dispatch import has_kernel
 from training import cli, distributed, plots, report
 from training.baselines import baseline_ranks, sasrec_ranks, train_sasrec
-from training.evaluate import PROTOCOLS, Evaluation
+from training.evaluate import Evaluation
 from training.flat import FlatParameters
-from training.health import Health
-from training.metrics import all_figures, occurring, ranking_metrics, save_ranks, task_groups
+from training.metrics import CHOSEN, CHOSEN_K, all_figures, occurring, ranking_metrics, save_ranks, task_groups
 from training.replay import Replay
-from training.run import Run
-from training.schedule import due, warmup_cosine
-from training.signals import Stopped, StopSignal
-
-MAX_EXACT = 500_000  # items up to which beams are compared with the exact ranking
-MAX_SCORES = 2**27  # of a batch in that comparison
-CHOSEN_K = 10  # checkpoints and the item head's share are chosen by validation ndcg@10
+from training.run import Run, load_splits
+from training.schedule import due, last_step, warmup_cosine
+from training.steps import Steps
 
 
-@gin.configurable
-@checked("train")
+@configurable
 def train(
     dataset: RecDataset = gin.REQUIRED,
-    dataset_folder: str = "dataset",
+    dataset_folder: PathName = "dataset",
     dataset_split: str = "",
-    split: str = "leave-one-out",
-    pretrained_rqvae_path: str = "./out/rqvae_{corpus}",
-    pretrained_rqvae_revision: str | None = None,
-    features: Sequence[SkipValidation[FeatureSource]] | None = None,
+    split: SplitKind = "leave-one-out",
+    pretrained_rqvae_path: CorpusPath = "./out/rqvae_{corpus}",
+    pretrained_rqvae_revision: Name | None = None,
+    features: Sources | None = None,
     encode_catalogue: bool = False,
-    text_model: str | None = None,
-    save_dir_root: str = "out/decoder_{corpus}",
+    text_model: PathName | None = None,
+    save_dir_root: CorpusPath = "out/decoder_{corpus}",
     iterations: PositiveInt = 20_000,
     batch_size: PositiveInt = 256,
     learning_rate: Rate = 1e-3,
@@ -76,7 +75,7 @@ def train(
     top_k: tuple[PositiveInt, ...] = (1, 5, 10, 20, 50),
     patience: NonNegativeInt = 0,
     sasrec_baseline: bool = False,
-    item_columns: tuple[str, ...] = (),
+    item_columns: tuple[Name, ...] = (),
     eval_batch_size: PositiveInt = 512,
     gradient_accumulate_every: PositiveInt = 1,
     amp: bool = False,
@@ -90,9 +89,9 @@ def train(
     push_to_hf: bool = False,
     hf_model_name: str = "",
     wandb_logging: bool = False,
-    wandb_project: str = "generative-retrieval",
+    wandb_project: Name = "generative-retrieval",
     force_dataset_process: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, float]:
     """Trains the retriever of one corpus and returns what metrics.json holds.
 
@@ -115,203 +114,152 @@ def train(
     if push_to_hf and not HUB_ID.fullmatch(hf_model_name):
         raise ValueError("train.push_to_hf needs train.hf_model_name, a Hub repository (owner/name).")
     settings = dict(locals())
+    check_options(top_k, beams, sasrec_baseline, every_position)
+
+    # Input
+    accelerator = distributed.start(amp, mixed_precision_type)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    data = dataset, dataset_folder, dataset_split, split, force_dataset_process
+    corpus, splits = load_splits(*data, accelerator, as_cached=True)
+    columns = corpus.columns(item_columns) if item_columns else {}
+    options = {"force": force_dataset_process, "split": splits.name}
+    read = partial(item_features, corpus, features, dataset_folder, splits.train_lengths, **options)
+    artifact = pretrained_rqvae_path.format(corpus=corpus.name), pretrained_rqvae_revision
+    semantic_ids, features = load_or_make_ids(
+        *artifact, corpus, read if features else None, device, encode_catalogue, text_model
+    )
+    tokenizer = Tokenizer.found(*artifact, text_model)
+    check_splits(splits, semantic_ids, corpus.name)
+    samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)
+    source = SequenceSource(splits.interactions, samples, max_items, device, every_position)
+    valid = SequenceSource(splits.interactions, splits.valid, max_items, device)
+    test = SequenceSource(splits.interactions, splits.test, max_items, device)
+    shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed, samples.user)
+
+    # Model and optimizer
+    set_seed(seed)
+    tree = Tree.build(semantic_ids.codes, semantic_ids.level_sizes).to(device)
+    described = torch.from_numpy(features).to(device) if features is not None else None  # [N, D]
+    trained_on = in_training(splits.interactions, splits.train_lengths)
+    counts = torch.bincount(splits.interactions.items[trained_on], minlength=corpus.n_items)
+    model = EncoderDecoderRetrievalModel(tree, described, counts).train()
+    recorded = has_kernel(device)  # passes are replayed as CUDA graphs
+    evaluation = Evaluation(model, beams, exact, eval_batch_size, accelerator, recorded)
+    matrices = FlatParameters(p for p in model.parameters() if p.ndim >= 2)
+    vectors = FlatParameters(p for p in model.parameters() if p.ndim < 2)
+    parameters = [matrices.flat, vectors.flat]
+    groups = [{"params": matrices.flat}, {"params": vectors.flat, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    inputs = {"corpus": corpus.hash, "split": splits.name, "semantic_ids": semantic_ids.digest}
+    inputs["item_features"] = semantic_ids.tokenizer.get("item_features", "none")
+    run = Run(save_dir_root.format(corpus=corpus.name), settings, inputs, accelerator)
+    state = run.restore(model, optimizer)
+    start_step, best = state["step"], state["best"]  # best: validation metrics of the best checkpoint
+    distributed.weights_from_main(model)
+    run.save_config()
+
+    # Passes
+    padding = padding_rows(batch_size // accelerator.num_processes) if recorded else 0
+
+    def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Forward and backward for samples that count `weight` in the step's mean; returns their part of its losses."""
+        with accelerator.autocast():  # here, so that a recording holds its own casts of the weights
+            losses = model(source.batch(index, uniform, size, padding))
+        accelerator.backward(losses.loss * weight)
+        matrices.collect_grads()
+        vectors.collect_grads()
+        return torch.stack([losses.loss, losses.items, *losses.levels]).detach() * weight
+
+    replay = Replay(passes, parameters, device, recorded)
+
+    # Loop
+    lines = {
+        "corpus": f"{corpus.name}: {corpus.n_users:,} users, {corpus.n_items:,} items, {splits.name} split",
+        "semantic ids": f"{semantic_ids.level_sizes} codes on {tree.n_levels} levels",
+        "training": f"{len(source):,} histories",
+    }
+    report.heading("Retriever", lines, model, run.root, f"step {start_step:,} of {iterations:,}", is_main)
+    protocol = "new" if exclude_history else "all"
+    names = ["loss", "loss_items", *(f"loss_level_{n + 1}" for n in range(tree.n_levels))]
+    last = last_step(iterations, best, patience * full_eval_every)
+    with Steps(run, model, optimizer, shuffler, names, start_step) as steps:
+        for step in range(start_step, iterations):
+            if step >= last:  # validation no longer improves
+                break
+            steps.start(learning_rate * warmup_cosine(step, warmup_steps, iterations))
+            seed_noise(derive_seed(seed, "dropout", step, accelerator.process_index), device)
+            batch = shuffler.draw(step)
+            targets = source.n_targets(*batch)
+            step_losses = torch.zeros(len(names), device=device)  # this process's part
+            for share in steps.shares(*batch):
+                size = bucket_size(source.n_items(*share), padding, max_items)
+                weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
+                step_losses += replay(size, *share, weight)
+            norm = distributed.update(optimizer, parameters, max_gradient_norm, accelerator)
+
+            steps.made(step + 1, step_losses, norm, replay.recording)
+            if due(step + 1, partial_eval_every, iterations):
+                run.log(step + 1, "valid", {"loss": evaluation.loss(valid)})
+            improved = False
+            if due(step + 1, full_eval_every, iterations):
+                metrics, heads = evaluation.validate(valid, protocol, top_k)
+                run.log(step + 1, "valid", metrics | heads)
+                improved = metrics[CHOSEN] > best.get(CHOSEN, -1.0)
+                best = {"step": step + 1, **metrics} if improved else best
+                last = last_step(iterations, best, patience * full_eval_every)
+            steps.end(step + 1, last, best, improved)
+
+    # Test
+    run.load_best(model)
+    rows = baseline_ranks(test, splits.train_lengths, corpus.n_items)
+    if sasrec_baseline:
+        sasrec = train_sasrec(source, valid, corpus.n_items, protocol, accelerator, seed)
+        rows["sasrec"] = sasrec_ranks(sasrec, test, accelerator)
+    own = evaluation.rows(test)
+    rows |= own | evaluation.other_way(test)
+    figures = all_figures(rows, task_groups(test, splits.train_lengths, corpus.n_items), top_k, corpus.n_items)
+    figures |= ranking_metrics(list(own.values())[-1][protocol], top_k)
+    lists = evaluation.lists(test, min(CHOSEN_K, corpus.n_items), exclude_history)
+    figures["distinct_share"] = float(occurring(lists, corpus.n_items).float().mean())
+    metrics = {f"valid/{name}": value for name, value in best.items()}
+    metrics |= {f"test/{name}": value for name, value in figures.items()}
+    if is_main:
+        save_ranks(run.root / "ranks.safetensors", rows)
+        made = Pipeline(model, semantic_ids, features, corpus.titles(), counts, max_items, tokenizer, columns)
+        made.save(folder := run.root / "pipeline")
+        made_of = corpus.name, corpus.item_keys, counts
+        write_file(folder / CARD, pipeline_card(*made_of, splits.name, exclude_history, metrics).encode())
+        shutil.copy(run.root / "config.gin", folder)
+        save_held_out(run.root / HELD_OUT, corpus, splits.test)
+    run.finish(metrics)
+    if is_main:
+        plots.retriever(run.root)
+    report.retrieval_table(metrics, splits.name, exclude_history, run.root, show=is_main)
+    if push_to_hf and is_main:
+        print(f"Uploaded to {push_folder(run.root / 'pipeline', hf_model_name)}")
+    distributed.end(accelerator)
+    return metrics
+
+
+def check_options(top_k: tuple[int, ...], beams: int, sasrec_baseline: bool, every_position: bool) -> None:
+    """ValueError where they don't go together."""
     if CHOSEN_K not in top_k:
         raise ValueError(f"train.top_k = {top_k} lacks {CHOSEN_K}, by which checkpoints are chosen.")
     if sasrec_baseline and not every_position:
         raise ValueError("train.sasrec_baseline = True trains on every position: set train.every_position = True.")
     if beams < max(top_k):
         raise ValueError(f"train.beams = {beams} cannot rank the first {max(top_k)} items of train.top_k = {top_k}.")
-    accelerator = distributed.start(amp, mixed_precision_type, gradient_accumulate_every)
-    device = accelerator.device
-    with distributed.in_turn(accelerator):
-        force = force_dataset_process and accelerator.is_local_main_process
-        corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
-    columns = corpus.columns(item_columns) if item_columns else {}
-    splits = draw_splits(split, corpus.interactions)
-    corpus.interactions = splits.interactions  # ties may have been shuffled
-    read = partial(read_features, corpus, features, dataset_folder, splits, force_dataset_process) if features else None
-    path = pretrained_rqvae_path.format(corpus=corpus.name)
-    semantic_ids, features = load_or_make_ids(
-        path, pretrained_rqvae_revision, corpus, read, device, encode_catalogue, text_model
-    )
-    tokenizer = Tokenizer.found(path, pretrained_rqvae_revision, text_model)
+
+
+def check_splits(splits: Splits, semantic_ids: SemanticIds, corpus_name: str) -> None:
+    """ValueError where the tokenizer was made for others, or nothing is left to test on."""
     if (seen := semantic_ids.tokenizer.get("split", splits.name)) != splits.name:
         raise ValueError(
             f"The tokenizer was made for the {seen} split and may know what the {splits.name} split tests on: bind "
             "train.split and the shares of `temporal` as for train_rqvae.py."
         )
-    item_features = semantic_ids.tokenizer.get("item_features", "none")
-    tree = Tree.build(semantic_ids.codes, semantic_ids.level_sizes).to(device)
     if len(splits.test) == 0:
-        raise ValueError(f"No user of corpus '{corpus.name}' has three or more interactions: nothing to evaluate.")
-    samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)
-    source = SequenceSource(splits.interactions, samples, max_items, device, every_position)
-    valid = SequenceSource(splits.interactions, splits.valid, max_items, device)
-    test = SequenceSource(splits.interactions, splits.test, max_items, device)
-
-    set_seed(seed)
-    described = torch.from_numpy(features).to(device) if features is not None else None  # [N, D]
-    trained_on = in_training(splits.interactions, splits.train_lengths)
-    counts = torch.bincount(splits.interactions.items[trained_on], minlength=corpus.n_items)
-    model = EncoderDecoderRetrievalModel(tree, described, counts)
-    if exact and model.decoder is not None:
-        raise ValueError("train.exact = True ranks models with decoder_layers = 0: set train.exact = False.")
-    if not exact and "tree" not in model.heads:
-        raise ValueError("train.exact = False searches the tree, which a model with tree_loss = 0 has no head for.")
-    matrices = FlatParameters(p for p in model.parameters() if p.ndim >= 2)
-    vectors = FlatParameters(p for p in model.parameters() if p.ndim < 2)
-    parameters = [matrices.whole, vectors.whole]
-    groups = [{"params": matrices.whole}, {"params": vectors.whole, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
-    run = Run(
-        save_dir_root.format(corpus=corpus.name),
-        settings,
-        {
-            "corpus": corpus.hash,
-            "split": splits.name,
-            "semantic_ids": semantic_ids.digest,
-            "item_features": item_features,
-        },
-        accelerator,
-    )
-    state = run.restore(model, optimizer)
-    distributed.weights_from_main(model)
-    first, best = state["step"], state["best"]  # best: validation metrics of the best checkpoint
-    run.save_config()
-    optimizer = accelerator.prepare(optimizer)
-
-    recorded = runs_kernels(device)  # passes are replayed as CUDA graphs
-    fillers = filler_rows(batch_size // accelerator.num_processes) if recorded else 0
-
-    def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Forward and backward for samples that count `weight` in the step's mean; returns their part of its losses."""
-        with accelerator.autocast():  # here, so that a recording holds its own casts of the weights
-            losses = model(source.device_batch(index, uniform, size, fillers))
-        accelerator.backward(losses.loss * weight * gradient_accumulate_every)
-        matrices.gather()
-        vectors.gather()
-        return torch.stack([losses.loss, losses.items, *losses.levels]).detach() * weight
-
-    replay = Replay(passes, parameters, device, recorded)
-    evaluation = Evaluation(model, beams, exact, eval_batch_size, accelerator, recorded)
-
-    report.heading(
-        "Retriever",
-        corpus=f"{corpus.name}: {corpus.n_users:,} users, {corpus.n_items:,} items, {splits.name} split",
-        semantic_ids=f"{semantic_ids.level_sizes} codes on {tree.n_levels} levels",
-        training=f"{len(source):,} histories",
-        model=f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}",
-        folder=run.root,
-        start=f"step {first:,} of {iterations:,}",
-        show=accelerator.is_main_process,
-    )
-    protocol = PROTOCOLS.index("new" if exclude_history else "all")
-    chosen_by = f"ndcg@{CHOSEN_K}"
-    shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed, samples.user)
-    n_shares = accelerator.num_processes * gradient_accumulate_every
-    shuffler.check_shares(n_shares)
-    health = Health(accelerator, shuffler, run.checkpoints)
-    names = ["loss", "loss_items", *(f"loss_level_{n + 1}" for n in range(tree.n_levels))]
-    bar, speed = report.progress(iterations, first, accelerator.is_main_process), report.Speed()
-    model.train()
-    with StopSignal(accelerator.num_processes) as stop:
-        for step in range(first, iterations):
-            speed.start()
-            seed_noise(derive_seed(seed, "dropout", step, accelerator.process_index), device)
-            factor = warmup_cosine(step, warmup_steps, iterations)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * factor
-            index, uniform = shuffler.draw(step)
-            shares = list(zip(index.tensor_split(n_shares), uniform.tensor_split(n_shares), strict=True))
-            targets = source.n_targets(index, uniform)
-            means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
-            for share in shares[accelerator.process_index :: accelerator.num_processes]:
-                with accelerator.accumulate():
-                    n_items = source.n_items(*share)
-                    size = filled_size(n_items, fillers, max_items)
-                    weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
-                    means += replay(size, *share, weight)
-                    if accelerator.sync_gradients:
-                        distributed.sum_gradients(parameters, accelerator)
-                        norm = accelerator.clip_grad_norm_(parameters, max_gradient_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-            done = step + 1
-            health.watch(done, means[0], norm)
-            bar.update()
-
-            if due(done, log_every, iterations):
-                values = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
-                values |= {"gradient_norm": float(norm), "learning_rate": learning_rate * factor}
-                values |= report.machine(speed.steps_per_second(replay.recording) * shuffler.batch_size, accelerator)
-                run.log(done, "train", values)
-                report.show(bar, values)
-                health.check(model)
-            speed.stop()
-            if due(done, partial_eval_every, iterations):
-                run.log(done, "valid", {"loss": evaluation.loss(valid)})
-            improved = False
-            if due(done, full_eval_every, iterations):
-                by_share = [ranking_metrics(ranks[protocol], top_k) for ranks in evaluation.ranks(valid)]
-                n = max(range(len(by_share)), key=lambda n: by_share[n][chosen_by])
-                model.item_share.fill_(evaluation.shares[n])
-                metrics = {"step": done, "item_share": evaluation.shares[n], **by_share[n]}
-                heads = {f"{head}/{chosen_by}": by_share[-i][chosen_by] for i, head in enumerate(model.heads)}
-                run.log(done, "valid", metrics | heads)
-                improved = metrics[chosen_by] > best.get(chosen_by, -1.0)
-                best = metrics if improved else best
-            signum = stop.after_step()
-            if signum or improved or due(done, save_model_every, iterations):
-                health.check(model)
-                run.save(done, model, optimizer, best, improved)
-            if signum:
-                bar.close()
-                run.close(status=128 + signum)
-                distributed.end(accelerator)
-                raise Stopped(signum, done)
-            if patience and best and done - best["step"] >= patience * full_eval_every:
-                break
-    bar.close()
-
-    run.load_best(model)
-    rows = baseline_ranks(test, splits.train_lengths, corpus.n_items)
-    if sasrec_baseline:
-        sasrec = train_sasrec(source, valid, corpus.n_items, PROTOCOLS[protocol], accelerator, seed)
-        rows["sasrec"] = sasrec_ranks(sasrec, test, accelerator)
-    rows |= evaluation.rows(test)
-    chosen = list(rows)[-1]
-    if "tree" in model.heads and model.decoder is None and corpus.n_items <= MAX_EXACT:  # what the beams lose
-        size = max(1, min(eval_batch_size, MAX_SCORES // corpus.n_items))
-        other = Evaluation(model, beams, not exact, size, accelerator, recorded)
-        rows["beams" if exact else "exact"] = other.rows(test)[chosen]
-    figures = all_figures(rows, task_groups(test, splits.train_lengths, corpus.n_items), top_k, corpus.n_items)
-    figures |= ranking_metrics(rows[chosen][PROTOCOLS[protocol]], top_k)
-    lists = evaluation.lists(test, min(CHOSEN_K, corpus.n_items), exclude_history)
-    figures["distinct_share"] = float(occurring(lists, corpus.n_items).float().mean())
-    metrics = {f"valid/{name}": value for name, value in best.items()}
-    metrics |= {f"test/{name}": value for name, value in figures.items()}
-    if accelerator.is_main_process:
-        save_ranks(run.root / "ranks.safetensors", rows)
-        model.save_pretrained(run.root / "model")
-        made = Pipeline(model, semantic_ids, features, corpus.titles(), counts, max_items, tokenizer, columns)
-        made.save(folder := run.root / "pipeline")
-        write_file(folder / CARD, pipeline_card(made, splits.name, exclude_history, metrics).encode())
-        shutil.copy(run.root / "config.gin", folder)
-        save_held_out(run.root / HELD_OUT, corpus, splits.test)
-    run.finish(metrics)
-    if accelerator.is_main_process:
-        plots.retriever(run.root)
-    report.retrieval_table(metrics, splits.name, exclude_history, run.root, show=accelerator.is_main_process)
-    if push_to_hf and accelerator.is_main_process:
-        print(f"Uploaded to {push_folder(run.root / 'pipeline', hf_model_name)}")
-    distributed.end(accelerator)
-    return metrics
-
-
-def read_features(corpus, features, dataset_folder, splits, force) -> Described:
-    """What a tokenizer without IDs for the corpus reads of it."""
-    described = item_features(corpus, features, dataset_folder, splits.train_lengths, force)
-    return Described(described, splits.name)
+        raise ValueError(f"No user of corpus '{corpus_name}' has three or more interactions: nothing to evaluate.")
 
 
 if __name__ == "__main__":

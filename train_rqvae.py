@@ -6,53 +6,67 @@ Leaves <save_dir_root>/tokenizer with the model, the fitted feature sources, sem
 train_decoder.py reads the latter two.
 """
 
-from collections.abc import Sequence
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
+
 from pathlib import Path
 from typing import Literal
 
 import gin
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, SkipValidation
 
+from common.files import write_file
+from common.parameters import (
+    CorpusPath,
+    Name,
+    NonNegativeInt,
+    PathName,
+    PositiveFloat,
+    PositiveInt,
+    Rate,
+    Seed,
+    Share,
+    configurable,
+)
 from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
 from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
-from data.features import FeatureSource, item_features
-from data.files import write_file
-from data.parameters import Rate, Share, checked
-from data.processed import RecDataset, load_corpus
+from data.features import Sources, item_features
+from data.processed import RecDataset
+from data.shuffle import Shuffler, derive_seed, seed_noise
 from data.sources import FittedSources
-from data.splits import draw_splits
-from data.utils import Shuffler, derive_seed, seed_noise
+from data.splits import SplitKind
 from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.card import tokenizer_card
 from modules.pretrained import CARD, HUB_ID, push_folder
 from modules.rqvae import RqVae
 from modules.tokenizer.catalogue import catalogue_codes, encoder_features, make_ids, reconstruction_error
 from modules.tokenizer.semids import FEATURES, IDS, SemanticIds
-from ops.jagged import runs_kernels
+from ops.dispatch import has_kernel
+from ops.precision import matmul_precision
 from training import cli, distributed, plots, report
-from training.graph import TokenizerStep
-from training.health import Health
+from training.flat import FlatParameters
 from training.metrics import codebook_usage, collisions, neighbour_agreement
-from training.run import Run
+from training.replay import Replay
+from training.run import Run, load_splits
 from training.schedule import due, warmup_cosine
-from training.signals import Stopped, StopSignal
+from training.steps import Steps
 
 KMEANS_ROWS = 20_000  # rows the first codebooks are fitted on
 
 
-@gin.configurable
-@checked("train")
+@configurable
 def train(
     dataset: RecDataset = gin.REQUIRED,
-    features: Sequence[SkipValidation[FeatureSource]] = gin.REQUIRED,
-    dataset_folder: str = "dataset",
+    features: Sources = gin.REQUIRED,
+    dataset_folder: PathName = "dataset",
     dataset_split: str = "",
-    split: str = "leave-one-out",
+    split: SplitKind = "leave-one-out",
     categories: bool = False,
-    save_dir_root: str = "out/rqvae_{corpus}",
+    save_dir_root: CorpusPath = "out/rqvae_{corpus}",
     iterations: NonNegativeInt = 20_000,
     batch_size: PositiveInt = 1024,
     learning_rate: Rate = 1e-3,
@@ -74,9 +88,9 @@ def train(
     push_vae_to_hf: bool = False,
     vae_hf_model_name: str = "",
     wandb_logging: bool = False,
-    wandb_project: str = "generative-retrieval",
+    wandb_project: Name = "generative-retrieval",
     force_dataset_process: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> dict[str, float]:
     """Trains the tokenizer of one corpus and returns what metrics.json holds.
 
@@ -92,142 +106,124 @@ def train(
     settings = dict(locals())
     if push_vae_to_hf and not HUB_ID.fullmatch(vae_hf_model_name):
         raise ValueError("train.push_vae_to_hf needs train.vae_hf_model_name, a Hub repository (owner/name).")
-    accelerator = distributed.start(amp, mixed_precision_type, gradient_accumulate_every)
-    device = accelerator.device
-    with distributed.in_turn(accelerator):
-        force = force_dataset_process and accelerator.is_local_main_process
-        corpus = load_corpus(dataset, dataset_folder, dataset_split, force)
-    splits = draw_splits(split, corpus.interactions)
-    corpus.interactions = splits.interactions
+    # Input
+    accelerator = distributed.start(amp, mixed_precision_type)
+    device, is_main = accelerator.device, accelerator.is_main_process
+    data = dataset, dataset_folder, dataset_split, split, force_dataset_process
+    corpus, splits = load_splits(*data, accelerator)
     described = item_features(
         corpus, features, dataset_folder, splits.train_lengths, force_dataset_process, categories, splits.name
     )
     x = torch.from_numpy(described.values).to(device)  # [N, D]
+    shuffler = Shuffler(len(x), batch_size * gradient_accumulate_every, seed)
 
+    # Model and optimizer
     set_seed(seed)
-    columns = {"n_cat_features": described.n_cat_features, "from_interactions": described.from_interactions}
-    model = RqVae(input_dim=x.shape[1], **columns).to(device)
+    fitted = described.fitted
+    columns = {"n_cat_features": fitted.n_cat_features, "from_interactions": fitted.from_interactions}
+    model = RqVae(input_dim=x.shape[1], **columns).to(device).train()
+    if (size := model.config["codebook_size"]) > (n_rows := min(len(x), KMEANS_ROWS)):
+        raise ValueError(f"RqVae.codebook_size = {size} is more than the {n_rows} items that codes are fitted to.")
+    codebooks, coders = flat_parameters(model)
+    parameters = [codebooks.flat, coders.flat]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, fused=True)
+    inputs = {"corpus": corpus.hash, "features": fitted.identity, "split": splits.name}
+    run = Run(save_dir_root.format(corpus=corpus.name), settings, inputs, accelerator)
+    start_step = run.restore(model, optimizer)["step"]
     generator = torch.Generator(device).manual_seed(seed)
     rows = torch.randperm(len(x), generator=generator, device=device)[:KMEANS_ROWS]
-    # One process in full precision on a GPU replays its step as a CUDA graph.
-    graphed = runs_kernels(device) and accelerator.num_processes * gradient_accumulate_every == 1 and not amp
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay, fused=True)
-    run = Run(
-        save_dir_root.format(corpus=corpus.name),
-        settings,
-        {"corpus": corpus.hash, "features": described.identity, "split": splits.name},
-        accelerator,
-    )
-    first = run.restore(model, optimizer)["step"]
-    if first == 0:
+    if start_step == 0:
         model.initialize(x[rows], generator)
     distributed.weights_from_main(model)  # k-means may round differently on other machines
     run.save_config()
-    plain_optimizer = optimizer
-    optimizer = accelerator.prepare(optimizer)
+    replay = recorded_passes(model, x, (codebooks, coders), shuffler.batch_size, accelerator)
 
-    report.heading(
-        "Tokenizer",
-        corpus=f"{corpus.name}: {corpus.n_items:,} items, features {x.shape[1]} ({described.identity}), "
-        f"{splits.name} split",
-        model=f"{sum(p.numel() for p in model.parameters()):,} parameters on {device}",
-        folder=run.root,
-        start=f"step {first:,} of {iterations:,}",
-        show=accelerator.is_main_process,
-    )
-    shuffler = Shuffler(len(x), batch_size * gradient_accumulate_every, seed)
-    n_shares = accelerator.num_processes * gradient_accumulate_every
-    shuffler.check_shares(n_shares)
-    health = Health(accelerator, shuffler, run.checkpoints)
-    names = ("loss", "reconstruction_loss", "quantize_loss")
-    bar, speed = report.progress(iterations, first, accelerator.is_main_process), report.Speed()
-    if first == 0:
+    # Loop
+    about = f"{corpus.n_items:,} items, features {x.shape[1]} ({fitted.identity}), {splits.name} split"
+    start = f"step {start_step:,} of {iterations:,}"
+    report.heading("Tokenizer", {"corpus": f"{corpus.name}: {about}"}, model, run.root, start, is_main)
+    if start_step == 0:
         run.log(0, "catalogue", catalogue_metrics(model, x))
-    model.train()
-    if graphed:
-        replay = TokenizerStep(model, plain_optimizer, x, shuffler.batch_size, max_gradient_norm)
-    with StopSignal(accelerator.num_processes) as stop:
-        for step in range(first, iterations):
-            speed.start()
+    names = ("loss", "reconstruction_loss", "quantize_loss")
+    with Steps(run, model, optimizer, shuffler, names, start_step) as steps:
+        for step in range(start_step, iterations):
+            steps.start(learning_rate * warmup_cosine(step, warmup_steps, iterations))
             seed_noise(derive_seed(seed, "noise", step, accelerator.process_index), device)
-            factor = warmup_cosine(step, warmup_steps, iterations)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * factor
-            start, end = gumbel_temperature
-            temperature = start * (end / start) ** (step / iterations)
+            hot, cold = gumbel_temperature
+            temperature = torch.tensor(hot * (cold / hot) ** (step / iterations))
             index, _ = shuffler.draw(step)
-            if graphed:
-                means, norm = replay(index, learning_rate * factor, temperature)
-            else:
-                means = torch.zeros(len(names), device=device)  # this process's part of the step's losses
-            shares = [] if graphed else index.tensor_split(n_shares)
-            for share in shares[accelerator.process_index :: accelerator.num_processes]:
-                with accelerator.accumulate():
-                    with accelerator.autocast():
-                        losses = model(x[share.to(device)], temperature)
-                    weight = len(share) / len(index)  # shares may differ by one row
-                    accelerator.backward(losses.loss * weight * gradient_accumulate_every)
-                    means += torch.stack([getattr(losses, name) for name in names]).detach() * weight
-                    if accelerator.sync_gradients:
-                        distributed.sum_gradients(model.parameters(), accelerator)
-                        norm = accelerator.clip_grad_norm_(model.parameters(), max_gradient_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            done = step + 1
-            health.watch(done, means[0], norm)
-            bar.update()
+            step_losses = torch.zeros(len(names), device=device)  # this process's part
+            for (share,) in steps.shares(index):
+                step_losses += replay(len(share), share, temperature)
+            norm = distributed.update(optimizer, parameters, max_gradient_norm, accelerator)
 
-            if refit_every and due(done, refit_every, iterations):
-                refit(model, x[rows], optimizer, derive_seed(seed, "refit", step))
-            if due(done, log_every, iterations):
-                values = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
-                values |= {"gradient_norm": float(norm), "learning_rate": learning_rate * factor}
-                values |= report.machine(speed.steps_per_second() * shuffler.batch_size, accelerator)
-                run.log(done, "train", values)
-                report.show(bar, values)
-                health.check(model)
-            speed.stop()
-            if due(done, eval_every, iterations):
-                run.log(done, "catalogue", catalogue_metrics(model, x))
-            signum = stop.after_step()
-            if signum or due(done, save_model_every, iterations):
-                health.check(model)
-                run.save(done, model, optimizer, best={}, improved=False)
-            if signum:
-                bar.close()
-                run.close(status=128 + signum)
-                distributed.end(accelerator)
-                raise Stopped(signum, done)
-    bar.close()
+            if refit_every and due(step + 1, refit_every, iterations):
+                refit(model, x[rows], optimizer, codebooks, derive_seed(seed, "refit", step))
+            steps.made(step + 1, step_losses, norm, replay.recording)
+            if due(step + 1, eval_every, iterations):
+                run.log(step + 1, "catalogue", catalogue_metrics(model, x))
+            steps.end(step + 1, iterations)
 
+    # Semantic IDs
     codes = catalogue_codes(model, x)
     metrics = {**catalogue_metrics(model, x), **id_metrics(model, codes, x)}
-    if accelerator.is_main_process:
+    if is_main:
         folder = run.root / "tokenizer"
         folder.mkdir(exist_ok=True)
-        seen = encoder_features(model, x, ~described.from_interactions, folder / FEATURES)
-        semantic_ids = make_ids(model, codes, corpus, described.identity, splits.name, seen)
+        seen = encoder_features(model, x, ~fitted.from_interactions, folder / FEATURES)
+        semantic_ids = make_ids(model, codes, corpus, fitted.identity, splits.name, seen)
         metrics["extra_level_size"] = sum(semantic_ids.level_sizes[codes.shape[1] :])  # 0: the codes are unique
-        save_tokenizer(folder, model, semantic_ids, described.fitted, metrics)
+        save_tokenizer(folder, model, semantic_ids, fitted, metrics)
         plots.tokenizer(run.root)
-        plots.codes(run.root, codes.cpu(), model.config["codebook_size"], corpus.items["categories"].to_list())
+        plots.codes(run.root, codes.cpu(), model.config["codebook_size"], corpus.categories())
     run.finish(metrics)
-    report.table("Semantic IDs", metrics, run.root, show=accelerator.is_main_process)
-    report.verdict(metrics, min_usage, collapse_is_error, show=accelerator.is_main_process)
-    if push_vae_to_hf and accelerator.is_main_process:
+    report.table("Semantic IDs", metrics, run.root, show=is_main)
+    report.verdict(metrics, min_usage, collapse_is_error, show=is_main)
+    if push_vae_to_hf and is_main:
         print(f"Uploaded to {push_folder(run.root / 'tokenizer', vae_hf_model_name)}")
     distributed.end(accelerator)
     return metrics
 
 
-def refit(model: RqVae, x: torch.Tensor, optimizer: AcceleratedOptimizer, seed: int) -> None:
+def flat_parameters(model: RqVae) -> tuple[FlatParameters, FlatParameters]:
+    """Those of the codebooks, whose moments a refit clears, and those of encoder and decoder."""
+    coders = [*model.encoder.parameters(), *model.decoder.parameters()]
+    return FlatParameters(model.layers.parameters()), FlatParameters(coders)
+
+
+def recorded_passes(
+    model: RqVae, x: torch.Tensor, flats: tuple[FlatParameters, ...], batch_size: int, accelerator: Accelerator
+) -> Replay:
+    """Passes over items x [N, D], as `replay(size, index [size], temperature [])`, which returns their part of a
+    step's mean losses: total, reconstruction, quantization.
+
+    A process alone on a GPU replays them as a CUDA graph, with matrix products in TF32. The standardization is that of
+    now.
+    """
+    recorded = has_kernel(x.device) and accelerator.num_processes == 1
+    normalized = model.normalized(x)
+
+    def passes(size: int, index: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        weight = size / batch_size
+        with matmul_precision("high" if recorded else "highest"):
+            with accelerator.autocast():
+                losses = model.autoencode(normalized.index_select(0, index), temperature)
+            accelerator.backward(losses.loss * weight)
+        for flat in flats:
+            flat.collect_grads()
+        return torch.stack([losses.loss, losses.reconstruction_loss, losses.quantize_loss]).detach() * weight
+
+    return Replay(passes, [flat.flat for flat in flats], x.device, recorded, model.state_dict().values())
+
+
+def refit(
+    model: RqVae, x: torch.Tensor, optimizer: torch.optim.Optimizer, codebooks: FlatParameters, seed: int
+) -> None:
     """Fits the codebooks to rows x [N, D] as the encoder sees them now, the same on every process."""
     model.fit_codebooks(x, torch.Generator(x.device).manual_seed(seed))
     distributed.weights_from_main(model.layers)
-    for layer in model.layers:
-        for parameter in layer.parameters():
-            for moment in optimizer.state.get(parameter, {}).values():
-                moment.zero_()  # of other codes; Adam's step count starts again with them
+    for moment in optimizer.state.get(codebooks.flat, {}).values():
+        moment.zero_()  # of other codes; Adam's step count starts again with them
 
 
 def catalogue_metrics(model: RqVae, x: torch.Tensor) -> dict[str, float]:

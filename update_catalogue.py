@@ -6,16 +6,20 @@ New items get IDs by the pipeline's tokenizer; IDs and vectors of all others sta
 .ndjson) has one item a row; gone.txt has one key a line. Writes a pipeline folder, as recommend.py reads it.
 """
 
-import argparse
 import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
+
+import argparse
 import sys
 from pathlib import Path
 
 from data.custom import CustomData
 from data.histories import read_keys
 from data.items import Items
-from modules.change import changed
-from modules.pipeline import Pipeline
+from modules.serving.change import changed
+from modules.serving.pipeline import Pipeline
 
 
 def parse() -> argparse.Namespace:
@@ -55,6 +59,7 @@ def update(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Bad input ends with one message and exit status 1; --traceback shows all."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on
     arguments = parse()
     try:
         update(arguments)

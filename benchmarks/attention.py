@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import copy_bandwidth, heading, quantiles, replayed, row
-from ops.jagged import JaggedTensor, jagged_attention, lengths_to_offsets, row_indices
+from ops.attention import jagged_attention
+from ops.jagged import JaggedTensor, lengths_to_offsets, row_indices
 
 # How many users of Amazon Beauty (2014, 5-core) have a test history of 1, 2, .. items, the last 20 kept.
 BEAUTY = [0, 0, 0, 7162, 4221, 2680, 1811, 1366, 881, 695, 558, 439, 361, 262, 207, 213, 141, 118, 112, 1136]

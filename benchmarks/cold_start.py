@@ -3,8 +3,8 @@
     python -m benchmarks.cold_start dataset/sample/processed/sample --folder out/cold --draws 0 1 2 --steps 750
 
 In each draw 5 % of a cached corpus' items are held out with all their interactions, both stages of the sample configs
-are trained on the rest, and the items added to the pipeline (`modules.change`). Runs stay in the folder and are used
-again. Prints Markdown, recall over the targets of all draws:
+are trained on the rest, and the items added to the pipeline (`modules.serving.change`). Runs stay in the folder, and
+are used again. Prints Markdown, recall over the targets of all draws:
 cold users: those whose last item is a new one; cold events: all interactions with new items, given what came before;
 warm users: those whose last item is an old one, "before" without the new items. Nothing consumed is recommended again.
 Nearest text: by the cosine between an item's features and the mean of the history's. bonus: `cold_bonus`.
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from benchmarks.new_items import draw, without
 from data.corpus import Corpus
-from modules.change import changed
-from modules.pipeline import Pipeline
-from modules.recommender import Recommender
+from modules.serving.change import changed
+from modules.serving.pipeline import Pipeline
+from modules.serving.recommender import Recommender
 
 K, CHUNK = (10, 50), 512
 BONUSES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)

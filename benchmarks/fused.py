@@ -16,10 +16,8 @@ from torch import Tensor
 
 from benchmarks.timing import copy_bandwidth, heading, matrix_rate, quantiles, replayed, row
 from benchmarks.training import N_ITEMS, catalogue
-from modules.rqvae import RqVae
 from ops.cross_entropy import linear_cross_entropy
 from ops.sums import RowSums, sum_rows, take_rows
-from training.flat import FlatAdamW
 
 
 def compare(name: str, functions: dict[str, Callable], leaves: list[Tensor], grad: Tensor, limits: tuple) -> None:
@@ -72,27 +70,6 @@ def compare_takes(count: int, width: int, device: torch.device, bandwidth: float
     compare(f"{count:,} of {N_ITEMS:,} rows, {width} wide, bfloat16", functions, [table], grad, limits)
 
 
-def compare_updates(device: torch.device, bandwidth: float) -> None:
-    """Clipping and AdamW of the tokenizer 768-512-256-128-32, 3 x 256."""
-    model = RqVae(768, embed_dim=32).to(device)
-    n = sum(p.numel() for p in model.parameters())
-    rate = torch.full((), 1e-3, device=device)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True, capturable=True)
-
-    def by_torch() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    print(f"\nclipping and AdamW of {n:,} parameters")
-    print(f"  {'microseconds':<52}{'p20':>10}{'p50':>10}{'p80':>10}{'of limit':>9}")
-    limit = 1e6 * 28 * n / bandwidth  # four numbers are read, three written
-    row("torch", quantiles(replayed(by_torch)), limit)
-    flat = FlatAdamW(optimizer, 1.0)
-    row("ours", quantiles(replayed(lambda: flat.step(rate))), limit)
-
-
 def main() -> None:
     heading()
     torch.manual_seed(0)
@@ -106,7 +83,6 @@ def main() -> None:
         compare_sums(width, device, bandwidth)
         for count in (2_000, 40_000):
             compare_takes(count, width, device, bandwidth)
-    compare_updates(device, bandwidth)
 
 
 if __name__ == "__main__":

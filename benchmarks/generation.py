@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.timing import copy_bandwidth, heading, mark, matrix_rate, seconds_between
 from benchmarks.training import MAX_ITEMS, N_USERS, beauty_like, last_of_each, make_model, weights
-from data.utils import SequenceSource
+from data.batches import SequenceSource
 from modules.generation.beam_search import beam_search, whole_catalogue
 from modules.model import EncoderDecoderRetrievalModel
 from ops.jagged import JaggedTensor

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-SOURCES = ("scripts", "data", "modules", "ops", "training")  # scripts: the files at the top
+SOURCES = ("scripts", "common", "data", "modules", "ops", "training")  # scripts: the files at the top
 APART = ("tests", "benchmarks", "docs")
 
 

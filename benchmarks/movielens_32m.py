@@ -28,11 +28,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.schemas import Interactions
 from data.baselines import MostPopular, Transition
 from data.corpus import Corpus
-from data.ml32m import MAX_TAGS, NO_GENRES
-from data.schemas import Interactions
+from data.ml32m import NO_GENRES
 from data.splits import leave_one_out
+from data.tags import Tags
 
 USERS, MOVIES, RATINGS, TAGS = 200_948, 87_585, 32_000_204, 2_000_072
 LEAST, MOST = 20, 0.35  # ratings of a user: at least so many, and of this share of the movies at most
@@ -238,26 +239,27 @@ def write_files(data: Drawn, folder: Path) -> None:
     stars = pl.Series("rating", draw.integers(1, 11, len(data.items)) / 2)
     ratings = pl.DataFrame(columns).sort("userId", "movieId").insert_column(2, stars)
     ratings.write_csv(folder / "ratings.csv")
-    tags = {
-        "userId": np.sort(draw.integers(1, users + 1, len(data.tags))),
-        "movieId": data.movie_ids[data.tagged],
-        "tag": np.array(WORDS)[data.tags],
-        "timestamp": draw.integers(1_140_000_000, 1_690_000_000, len(data.tags)),
-    }
-    pl.DataFrame(tags).write_csv(folder / "tags.csv")
+    by, times = draw_taggers(data)
+    tags = {"userId": by + 1, "movieId": data.movie_ids[data.tagged], "tag": np.array(WORDS)[data.tags]}
+    pl.DataFrame(tags | {"timestamp": times}).write_csv(folder / "tags.csv")
+
+
+def draw_taggers(data: Drawn) -> tuple[np.ndarray, np.ndarray]:
+    """Who gave each tag, from 0, and when: [M], [M]."""
+    draw = np.random.default_rng(1)
+    users = np.sort(draw.integers(0, len(data.counts), len(data.tags)))
+    return users, draw.integers(1_140_000_000, 1_690_000_000, len(data.tags))
 
 
 def corpus(data: Drawn) -> Corpus:
     """What `data.ml32m.read_movielens` makes of the files."""
-    pairs, times = np.unique(data.tagged.astype(np.int64) * len(WORDS) + data.tags, return_counts=True)
-    movie, word = pairs // len(WORDS), pairs % len(WORDS)
-    best = np.lexsort((word, -times, movie))
-    first = np.searchsorted(movie, np.arange(len(data.titles) + 1))
+    users, times = draw_taggers(data)
+    names, places = np.unique(np.array(WORDS)[data.tags], return_inverse=True)
+    order = places.argsort(kind="stable")
+    columns = np.stack([users, data.tagged, places, times])[:, order].astype(np.int64)
     texts = []
-    for n, (title, genres) in enumerate(zip(data.titles, data.genres, strict=True)):
-        names = [WORDS[n] for n in word[best[first[n] : first[n + 1]][:MAX_TAGS]]]
-        labelled = [f" {label}: {', '.join(of)}." for label, of in (("Genres", genres), ("Tags", names)) if of]
-        texts.append("".join([f"{title}.", *labelled]))
+    for title, genres in zip(data.titles, data.genres, strict=True):
+        texts.append(f"{title}. Genres: {', '.join(genres)}." if genres else f"{title}.")
     return Corpus.build(
         "ml32m",
         interactions(data.items, data.counts, data.times),
@@ -265,6 +267,7 @@ def corpus(data: Drawn) -> Corpus:
         user_keys=np.arange(1, len(data.counts) + 1).astype(str).tolist(),
         texts=texts,
         categories=data.genres,
+        tags=Tags(*map(torch.as_tensor, columns), names.tolist()),
     )
 
 

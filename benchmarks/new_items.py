@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.tokenizer import train
+from common.schemas import Interactions
 from data.cooccurrence import CoOccurrenceSvd
 from data.corpus import Corpus
 from data.encoders import TfidfSvd
 from data.features import item_features
 from data.items import Items
-from data.schemas import Interactions
 from data.splits import leave_one_out
 from ops.jagged import lengths_to_offsets, row_indices
 from training.metrics import collisions, neighbour_agreement
@@ -49,8 +49,9 @@ def without(corpus: Corpus, gone: Tensor) -> tuple[Corpus, Items]:
     items = number[interactions.items[kept].long()].int()
     left = Interactions(items, lengths_to_offsets(lengths[lengths > 0]))
     users = [key for key, length in zip(corpus.user_keys, lengths.tolist(), strict=True) if length]
-    frame = corpus.items.to_dicts()
-    warm, cold = (Items.read([item for item, out in zip(frame, rows, strict=True) if out == away]) for away in (0, 1))
+    every = [*zip(rows, corpus.item_keys, corpus.texts(), corpus.categories(), strict=True)]
+    parts = ([item[1:] for item in every if item[0] == away] for away in (False, True))
+    warm, cold = (Items(*map(list, zip(*part, strict=True))) for part in parts)
     return Corpus.build(corpus.name, left, warm.keys, users, warm.texts, warm.categories), cold
 
 

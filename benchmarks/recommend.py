@@ -21,11 +21,11 @@ import torch
 import recommend
 from benchmarks.timing import heading
 from benchmarks.training import MAX_ITEMS, N_ITEMS, N_USERS, beauty_like, catalogue, make_model
+from common.schemas import RankedItems
 from data.histories import read_histories
 from data.results import write_table
-from data.schemas import RankedItems
-from modules.pipeline import Pipeline
-from modules.recommender import Recommender
+from modules.serving.pipeline import Pipeline
+from modules.serving.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds, features_digest
 from training import distributed
 

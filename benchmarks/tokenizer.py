@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.tokenizer_speed import speed, tokenize
-from data.utils import Shuffler, derive_seed, seed_noise
+from benchmarks.tokenizer_speed import speed, stepper, tokenize
+from data.shuffle import Shuffler, derive_seed, seed_noise
 from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae
 from modules.tokenizer.catalogue import catalogue_codes, reconstruction_error
-from training.graph import TokenizerStep
+from train_rqvae import refit
 from training.metrics import codebook_usage, collisions, neighbour_agreement
-from training.schedule import warmup_cosine
+from training.schedule import due, warmup_cosine
 
 MODES = {  # what differs from the recommended config, configs/rqvae_amazon.gin
     "rotation": {},
@@ -48,17 +48,13 @@ def train(x: Tensor, options: dict, seed: int, steps: int, batch: int, rate: flo
     model.initialize(x, torch.Generator(x.device).manual_seed(seed))
     if options.get("hidden_dims", ()) is None:
         return model
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01, fused=True)
     shuffler = Shuffler(len(x), batch, seed)
-    step_once = TokenizerStep(model.train(), optimizer, x, shuffler.batch_size, 1.0)
+    step_once, optimizer, codebooks = stepper(model.train(), x, shuffler.batch_size)
     for step in range(steps):
         seed_noise(derive_seed(seed, "noise", step, 0), x.device)
         step_once(shuffler.draw(step)[0], rate * warmup_cosine(step, 200, steps), 0.1 ** (step / steps))
-        if (step + 1) % refit_every == 0 or step + 1 == steps:
-            model.fit_codebooks(x, torch.Generator(x.device).manual_seed(derive_seed(seed, "refit", step)))
-            for parameter in (p for layer in model.layers for p in layer.parameters()):
-                for moment in optimizer.state.get(parameter, {}).values():
-                    moment.zero_()
+        if due(step + 1, refit_every, steps):
+            refit(model, x, optimizer, codebooks, derive_seed(seed, "refit", step))
     return model
 
 

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.stream import stream
-from data.utils import Shuffler, derive_seed, seed_noise
+from common.prefetch import stream
+from data.shuffle import Shuffler, derive_seed, seed_noise
 from modules.rqvae import RqVae
 from modules.tokenizer.catalogue import catalogue_codes
 from modules.tokenizer.semids import rank_within_equal
 from ops.precision import matmul_precision
-from training.graph import TokenizerStep
+from train_rqvae import flat_parameters, recorded_passes
+from training import distributed
+from training.flat import FlatParameters
 from training.metrics import collisions
 
 BATCH, ROWS = 640, 65536  # of a training step; written at a time
@@ -32,6 +34,25 @@ def operations(model: RqVae, batch: int) -> int:
     return batch * (6 * sum(matrices) - 2 * matrices[0] + 2 * codebooks)  # the features need no gradient
 
 
+def stepper(
+    model: RqVae, x: Tensor, batch: int
+) -> tuple[Callable[[Tensor, float, float], None], torch.optim.Optimizer, FlatParameters]:
+    """The step of train_rqvae.py as a function of index, rate and temperature; its optimizer, and the codebooks."""
+    accelerator = distributed.start(cpu=not x.is_cuda)
+    codebooks, coders = flats = flat_parameters(model)
+    parameters = [codebooks.flat, coders.flat]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
+    replay = recorded_passes(model, x, flats, batch, accelerator)
+
+    def step_once(index: Tensor, rate: float, temperature: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        replay(len(index), index, torch.tensor(temperature))
+        distributed.update(optimizer, parameters, 1.0, accelerator)
+
+    return step_once, optimizer, codebooks
+
+
 def speed(device: torch.device, profile: bool) -> None:
     """Training steps a second at batch 640 on the 768-512-256-128-32, 3 x 256 model."""
     gpu = device.type == "cuda"
@@ -39,8 +60,7 @@ def speed(device: torch.device, profile: bool) -> None:
     x = torch.randn(20_000, 768, device=device)
     model = RqVae(768, embed_dim=32).to(device)
     model.initialize(x, torch.Generator(device).manual_seed(0))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-    step_once, shuffler = TokenizerStep(model.train(), optimizer, x, BATCH, 1.0), Shuffler(len(x), BATCH, 0)
+    step_once, shuffler = stepper(model.train(), x, BATCH)[0], Shuffler(len(x), BATCH, 0)
 
     def steps(first: int, n: int) -> float:
         """Seconds for n steps as train_rqvae.py makes them."""

@@ -15,9 +15,10 @@ import torch
 
 from benchmarks.attention import BEAUTY
 from benchmarks.timing import heading, mark, matrix_rate, seconds_between
-from data.schemas import Interactions, Samples
+from common.schemas import Interactions, Samples
+from data.batches import SequenceSource, bucket_size, padding_rows
+from data.shuffle import Shuffler
 from data.splits import windows
-from data.utils import SequenceSource, Shuffler, filled_size, filler_rows
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tree import Tree
 from training.flat import FlatParameters
@@ -90,25 +91,25 @@ def measure(dim: int, batch_size: int, kind: str, args, peak: float | None) -> N
         torch.cuda.reset_peak_memory_stats()
     model = make_model(dim, device)
     flat = FlatParameters(model.parameters())
-    optimizer = torch.optim.AdamW([flat.whole], 1e-3, fused=True)
+    optimizer = torch.optim.AdamW([flat.flat], 1e-3, fused=True)
     recorded = device.type == "cuda" and kind != "eager"
-    fillers = filler_rows(batch_size) if recorded else 0
+    padding = padding_rows(batch_size) if recorded else 0
 
     def passes(size: int, index: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = model(source.device_batch(index, uniform, size, fillers)).loss
+            loss = model(source.batch(index, uniform, size, padding)).loss
         loss.backward()
-        flat.gather()
+        flat.collect_grads()
         return loss.detach()
 
-    replay = Replay(passes, [flat.whole], device, recorded)
+    replay = Replay(passes, [flat.flat], device, recorded)
     shuffler = Shuffler(len(source), batch_size, 0, samples.user)
 
     def step(number: int) -> tuple[int, int, torch.Tensor]:
         """Items and targets that count, and the loss."""
         index, uniform = shuffler.draw(number)
-        loss = replay(filled_size(source.n_items(index, uniform), fillers, MAX_ITEMS), index, uniform)
-        torch.nn.utils.clip_grad_norm_(flat.whole, 1.0)
+        loss = replay(bucket_size(source.n_items(index, uniform), padding, MAX_ITEMS), index, uniform)
+        torch.nn.utils.clip_grad_norm_(flat.flat, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         items = int(histories[samples.user[index]].sum())

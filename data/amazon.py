@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from common.schemas import Interactions
 from data.corpus import Corpus
-from data.download import Remote
-from data.events import k_core, numbered, sequences
-from data.schemas import Interactions
+from data.download import RemoteFile
+from data.events import factorize, k_core, sequences
 from ops.jagged import lengths_to_offsets
 
 CATEGORIES = {"beauty": "Beauty", "sports": "Sports_and_Outdoors", "toys": "Toys_and_Games"}
@@ -35,14 +35,14 @@ CORE = 5
 UNKNOWN = "Unknown item."
 
 
-def ways(split: str) -> tuple[tuple[Remote, ...], ...]:
+def sources(split: str) -> tuple[tuple[RemoteFile, ...], ...]:
     """The sources of a split, the preferred first: the P5 archive; reviews and metadata of its category.
 
     Neither publishes checksums.
     """
     reviews = [f"reviews_{CATEGORIES[split]}_{CORE}.json.gz", f"meta_{CATEGORIES[split]}.json.gz"]
-    p5 = Remote("P5_data.zip", (P5_URL,), members={name: f"{split}/{name}" for name in FILES})
-    return (p5,), tuple(Remote(name, tuple(url + name for url in REVIEW_URLS)) for name in reviews)
+    p5 = RemoteFile("P5_data.zip", (P5_URL,), members={name: f"{split}/{name}" for name in FILES})
+    return (p5,), tuple(RemoteFile(name, tuple(url + name for url in REVIEW_URLS)) for name in reviews)
 
 
 def read_amazon(folder: Path, name: str) -> Corpus:
@@ -81,9 +81,9 @@ def read_reviews(reviews: Path, metadata: Path, name: str) -> Corpus:
     events = k_core(events, CORE)
     if events.is_empty():
         raise ValueError(f"{reviews}: no user and item have {CORE} reviews each")
-    user_keys, users = numbered(events["user"])
+    user_keys, users = factorize(events["user"])
     events = events.with_columns(user=users).sort("user", "timestamp", maintain_order=True)
-    item_keys, items = numbered(events["item"])
+    item_keys, items = factorize(events["item"])
     _, interactions = sequences(events.with_columns(item=items))
     return _with_metadata(name, interactions, item_keys, user_keys, metadata)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.schemas import Interactions
+from common.schemas import Interactions
 from data.splits import in_training
 from ops.jagged import row_indices
 

@@ -1,13 +1,13 @@
 """Encoding a large catalogue: in chunks that survive an interruption, shared by processes, into a mapped matrix."""
 
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+
+from common.files import aside
 
 
 def encode_chunks(
@@ -45,7 +45,8 @@ def encode_chunks(
             raise ValueError(
                 f"the vector of item {starts[number] + row} is not finite; its text is {chunk[row][:200]!r}"
             )
-        save_array(files[number], values)
+        with aside(files[number]) as part:
+            np.save(part, values)
         if len(starts) > 1 and state.is_main_process:
             encoded = min(len(files) - len(missing) + done * state.num_processes, len(files))
             print(f"Encoded {encoded:,} of {len(files):,} chunks", flush=True)
@@ -59,31 +60,16 @@ def encode_chunks(
     state.wait_for_everyone()
 
 
-def save_array(path: Path, values: np.ndarray) -> None:
-    """Writes a .npy file aside and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}.npy")
-    try:
-        np.save(aside, values)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _join(files: list[Path], n_rows: int, path: Path) -> None:
     """The chunks below each other, without ever holding more than one of them in memory."""
     parts = [np.load(file, mmap_mode="r") for file in files]
     widths = {part.shape[1] for part in parts}
     if len(widths) > 1:
         raise ValueError(f"the chunks in {files[0].parent} have {sorted(widths)} columns: delete that folder")
-    aside = path.with_name(f".{path.stem}-{uuid.uuid4().hex[:12]}.npy")
-    try:
-        whole = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(n_rows, *widths))
+    with aside(path) as part:
+        whole = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(n_rows, *widths))
         start = 0
-        for part in parts:
-            whole[start : start + len(part)] = part
-            start += len(part)
+        for rows in parts:
+            whole[start : start + len(rows)] = rows
+            start += len(rows)
         whole.flush()
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

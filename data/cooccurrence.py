@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import gin
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from common.parameters import PositiveInt, configurable
+from common.schemas import Interactions
 from data.corpus import Corpus
 from data.items import Items, look_up, vector_table
-from data.schemas import Interactions
 from data.splits import in_training
 from ops.jagged import row_indices
 
@@ -25,7 +25,7 @@ NEIGHBOURS = 1000  # entries of a row of M that are kept
 OVERSAMPLES, ITERATIONS = 32, 4  # of the randomized decomposition
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class CoOccurrenceSvd:
     """Factorized positive pointwise mutual information of items within a window (Levy and Goldberg 2014).
@@ -43,8 +43,8 @@ class CoOccurrenceSvd:
     """
 
     from_interactions = True
-    dim: int = 128
-    window: int = 5
+    dim: PositiveInt = 128
+    window: PositiveInt = 5
 
     @property
     def settings(self) -> dict:
@@ -61,7 +61,7 @@ class CoOccurrenceSvd:
     def fit(self, corpus: Corpus, train_lengths: Tensor) -> dict[str, Tensor]:
         """The vectors [N, dim] float32 by item key. ValueError where dim is more than the number of items allows, or
         nothing co-occurs."""
-        if not 1 <= self.dim < corpus.n_items:
+        if self.dim >= corpus.n_items:
             raise ValueError(
                 f"CoOccurrenceSvd.dim = {self.dim} does not fit {corpus.n_items} items: "
                 f"the largest possible value is {corpus.n_items - 1}"

@@ -2,27 +2,26 @@
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.schemas import Interactions
-from data.strings import pack_strings, unpack_strings
+from common.files import folder_aside
+from common.packed_strings import pack_lists, pack_strings, unpack_lists, unpack_strings
+from common.schemas import Interactions
+from data.splits import Splits
+from data.tags import Tags
 
-if TYPE_CHECKING:
-    import polars as pl
-
-FORMAT_VERSION = 1
-TITLES, MAX_TITLE = "titles.safetensors", 100  # characters
+FORMAT_VERSION = 2
+TEXTS = "texts.safetensors"
+DESCRIBED = ("texts.bytes", "texts.offsets", "categories.bytes", "categories.offsets", "categories.lengths")
+MAX_TITLE = 100  # characters
 COUNTS = ("n_users", "n_items", "n_interactions")
 HEADER_FIELDS = {"format_version", "name", "hash", "text_hash", "raw_files", *COUNTS}
 REBUILD = "rebuild it with `train.force_dataset_process=True`, or delete the folder"
@@ -47,9 +46,10 @@ class Corpus:
         user_keys: list[str],
         hash: str,
         text_hash: str,
-        items: "pl.DataFrame | Path",
+        described: tuple[list[str], list[list[str]]] | Path,
+        tags: Tags | None = None,
     ) -> None:
-        """`items` is the frame of `Corpus.items`, or the parquet file it is read from when it is asked for.
+        """described: texts and categories, or the file they are read from when they are asked for.
 
         Raises ValueError where keys and interactions contradict each other; see `_validate`.
         """
@@ -60,7 +60,8 @@ class Corpus:
         self.user_keys = user_keys
         self.hash = hash
         self.text_hash = text_hash
-        self._items = items
+        self._given = described
+        self._tags, self._tagged = tags, None
 
     @property
     def n_items(self) -> int:
@@ -71,44 +72,46 @@ class Corpus:
         return len(self.user_keys)
 
     @cached_property
-    def items(self) -> "pl.DataFrame":
-        """Row n is item n: key (str), text (str), categories (list of str).
-
-        Raises ValueError where the cached file is damaged or belongs to another corpus.
-        """
-        if not isinstance(self._items, Path):
-            return self._items
-        import polars as pl
-
+    def _described(self) -> tuple[list[str], list[list[str]]]:
+        """Texts and categories. ValueError where the cached file is damaged or belongs to another corpus."""
+        if not isinstance(self._given, Path):
+            return self._given
         try:
-            items = pl.read_parquet(self._items)
-            if _hash([*pack_strings(items["text"].to_list())]) != self.text_hash:
+            tensors = load_file(self._given)
+            packed = [tensors[name] for name in DESCRIBED]
+            if _hash(packed[:2]) != self.text_hash:
                 raise ValueError(f"its texts are not those of corpus {self.name!r}")
-        except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-            raise ValueError(f"{self._items} can't be used ({error}): {REBUILD}") from error
-        return items
+            return unpack_strings(*packed[:2]), unpack_lists(*packed[2:])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{self._given} can't be used ({error}): {REBUILD}") from error
 
     def texts(self) -> list[str]:
-        """[N] descriptions, one an item, in the order of the item ids."""
-        return self.items["text"].to_list()
+        """[N] descriptions, one an item, in the order of the item ids; without tags before `apply_split`."""
+        return self._tagged or self._described[0]
+
+    def categories(self) -> list[list[str]]:
+        """[N] lists of names, in the order of the item ids."""
+        return self._described[1]
 
     def titles(self) -> list[str]:
-        """[N] short names for people, what stands first in the texts; from a cached corpus without polars."""
-        if isinstance(self._items, Path) and (file := self._items.with_name(TITLES)).is_file():
-            tensors = load_file(file)
-            return unpack_strings(tensors["bytes"], tensors["offsets"])
+        """[N] short names for people, what stands first in the texts."""
         return [title(text) for text in self.texts()]
 
     def columns(self, names: Sequence[str]) -> dict[str, list[list[str]]]:
-        """Columns of `items`, of each item a list of texts. ValueError where there is no such column."""
-        absent = [name for name in names if name not in self.items.columns]
-        if absent:
-            raise ValueError(
-                f"train.item_columns names {absent[0]!r}; the items of corpus {self.name!r} have "
-                f"{', '.join(self.items.columns)}."
-            )
-        rows = {name: self.items[name].to_list() for name in names}
-        return {name: [row if isinstance(row, list) else [row] for row in column] for name, column in rows.items()}
+        """What is known of the items, of each a list of texts: "key", "text", "categories". ValueError otherwise."""
+        every = {"key": [[key] for key in self.item_keys], "text": [[text] for text in self.texts()]}
+        every["categories"] = self.categories()
+        for name in names:
+            if name not in every:
+                raise ValueError(f"train.item_columns names {name!r}; the items of a corpus have {', '.join(every)}.")
+        return {name: every[name] for name in names}
+
+    def apply_split(self, splits: Splits) -> None:
+        """Makes it a corpus to train on: interactions in the split's order, texts with the tags that training knows."""
+        self.interactions = splits.interactions
+        if self._tags is not None:
+            self._tagged = self._tags.append(self._described[0], self._tags.known(splits, self.n_items))
+            self.text_hash = _hash([*pack_strings(self._tagged)])
 
     @staticmethod
     def build(
@@ -118,34 +121,32 @@ class Corpus:
         user_keys: list[str],
         texts: list[str],
         categories: list[list[str]],
+        tags: Tags | None = None,
     ) -> "Corpus":
-        """A corpus from its parts; texts and categories are [N], in the order of `item_keys`.
+        """A corpus from its parts; texts, which lack the tags, and categories are [N], in the order of `item_keys`.
 
         Raises ValueError where lengths, ids, offsets or keys contradict each other.
         """
-        import polars as pl
-
         for field, values in (("texts", texts), ("categories", categories)):
             if len(values) != len(item_keys):
                 raise ValueError(f"corpus {name!r}: {len(values)} {field} for {len(item_keys)} item keys")
-        schema = {"key": pl.String, "text": pl.String, "categories": pl.List(pl.String)}
-        items = pl.DataFrame({"key": item_keys, "text": texts, "categories": categories}, schema=schema)
         packed_texts = pack_strings(texts)
         content = [
             *pack_strings(item_keys),
             *pack_strings(user_keys),
             *packed_texts,
-            *pack_strings([category for group in categories for category in group]),
-            torch.tensor([len(group) for group in categories], dtype=torch.int64),
+            *pack_lists(categories),
             interactions.items,
             interactions.offsets,
         ]
         if interactions.timestamps is not None:
             content.append(interactions.timestamps)
-        return Corpus(name, interactions, item_keys, user_keys, _hash(content), _hash([*packed_texts]), items)
+        content += tags.tensors().values() if tags else []
+        hashes = _hash(content), _hash([*packed_texts])
+        return Corpus(name, interactions, item_keys, user_keys, *hashes, (texts, categories), tags)
 
     def save(self, folder: str | Path, raw_files: Sequence[dict] = (), options: dict | None = None) -> None:
-        """Writes corpus.json, tensors, titles and items.parquet aside, then replaces `folder` by them.
+        """Writes corpus.json, interactions with keys, and texts with categories aside, then replaces `folder` by them.
 
         raw_files: fingerprints of the files it was built from; options: how they were read. Both go into corpus.json.
         """
@@ -160,19 +161,11 @@ class Corpus:
             "raw_files": list(raw_files),
             "options": options or {},
         }
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:12]}"
-        aside.mkdir()
-        try:
-            (aside / "tensors.safetensors").write_bytes(save(self._tensors()))  # save_file: 0600
-            data, offsets = pack_strings(self.titles())
-            (aside / TITLES).write_bytes(save({"bytes": data, "offsets": offsets}))
-            self.items.write_parquet(aside / "items.parquet")
-            (aside / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-            _replace_folder(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with folder_aside(Path(folder)) as part:
+            (part / "tensors.safetensors").write_bytes(save(self._tensors()))  # save_file: 0600
+            packed = zip(DESCRIBED, (*pack_strings(self.texts()), *pack_lists(self.categories())), strict=True)
+            (part / TEXTS).write_bytes(save(dict(packed)))
+            (part / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"items": self.interactions.items, "offsets": self.interactions.offsets}
@@ -180,7 +173,7 @@ class Corpus:
             tensors["timestamps"] = self.interactions.timestamps
         for field in ("item_keys", "user_keys"):
             tensors[f"{field}.bytes"], tensors[f"{field}.offsets"] = pack_strings(getattr(self, field))
-        return tensors
+        return tensors | (self._tags.tensors() if self._tags else {})
 
     @staticmethod
     def load(folder: str | Path) -> "Corpus":
@@ -203,10 +196,12 @@ class Corpus:
             counts = (len(keys["user_keys"]), len(keys["item_keys"]), len(interactions))
             if counts != (recorded := tuple(header[field] for field in COUNTS)):
                 raise ValueError(f"{', '.join(COUNTS)} are {counts}, corpus.json says {recorded}")
-            if not (folder / "items.parquet").is_file():
-                raise ValueError("items.parquet is missing")
+            if not (folder / TEXTS).is_file():
+                raise ValueError(f"{TEXTS} is missing")
             hashes = {"hash": header["hash"], "text_hash": header["text_hash"]}
-            return Corpus(header["name"], interactions, **keys, **hashes, items=folder / "items.parquet")
+            return Corpus(
+                header["name"], interactions, **keys, **hashes, described=folder / TEXTS, tags=Tags.of(tensors)
+            )
         except Exception as error:  # whatever a damaged file makes a reader raise
             raise ValueError(f"the cached corpus in {folder} can't be used ({error}): {REBUILD}") from error
 
@@ -266,12 +261,3 @@ def _hash(tensors: list[Tensor]) -> str:
         digest.update(len(tensor).to_bytes(8, "little"))
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _replace_folder(source: Path, target: Path) -> None:
-    """Renames source to target; what was at target goes first, so that target is never half old, half new."""
-    old = target.parent / f".{target.name}-{uuid.uuid4().hex[:12]}"
-    if target.exists():
-        os.rename(target, old)
-    os.rename(source, target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import gin
 
-from data.corpus import Corpus
-from data.events import k_core, numbered, sequences
+from common.parameters import Name, NonNegativeInt, PathName, configurable
+from data.corpus import Corpus, read_header
+from data.events import factorize, k_core, sequences
 from data.tables import ATOMIC, BILLION, fail, keys, read_table, times
 
 if TYPE_CHECKING:
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 UNKNOWN = "Unknown item."
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class CustomData:
     """Where your data lie and what their columns are called. Bind it in gin; paths start at the working directory.
 
     name: of the corpus, its cache folder and "{corpus}" in train.save_dir_root.
     interactions: a .csv, .tsv, .parquet, .jsonl, .ndjson or .inter file, one interaction a row; or a .json file, {user:
-    [item, ...]} in time order. Without it only a corpus that is cached under this name is used, as stage 2 does.
+    [item, ...]} in time order. Without it only a corpus that is cached under this name is used.
     items: a file with one item a row, .item instead of .inter, or {item: {column: value, ...}}: the catalogue, whether
     or not an item has interactions; without it the catalogue is what the interactions name.
     user_column, item_column: ids, taken as strings. time_column: whole or decimal numbers, or ISO dates; "" where the
@@ -35,27 +36,42 @@ class CustomData:
     k_core: interactions of users or items with fewer are left out, again and again until none is left; 0 keeps all.
     drop_unknown: interactions with items that `items` lacks are left out, not an error.
     drop_duplicates: of rows with equal user, item and time only the first counts.
-    What is left out is counted in a printed line.
+    What is left out is counted in a printed line. Stage 2 takes what stage 1 has cached under the name with all its
+    parameters; those that are bound besides must be equal.
     """
 
     name: str = "custom"
-    interactions: str | None = None
-    items: str | None = None
-    user_column: str = "user"
-    item_column: str = "item"
+    interactions: PathName | None = None
+    items: PathName | None = None
+    user_column: Name = "user"
+    item_column: Name = "item"
     time_column: str = "timestamp"
-    item_key_column: str | None = None
-    text_columns: tuple[str, ...] = ()
-    category_column: str | None = None
-    k_core: int = 0
+    item_key_column: Name | None = None
+    text_columns: tuple[Name, ...] = ()
+    category_column: Name | None = None
+    k_core: NonNegativeInt = 0
     drop_unknown: bool = False
     drop_duplicates: bool = True
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"CustomData.name = {self.name!r} must be usable as the name of a folder")
-        if (self.text_columns or self.category_column) and self.items is None:
-            raise ValueError("CustomData.text_columns and category_column are columns of CustomData.items: bind it too")
+
+    @staticmethod
+    def as_cached(folder: Path) -> "CustomData":
+        """What the corpus in this folder was made of. ValueError where gin binds a parameter to something else."""
+        given, cached = CustomData(), CustomData(**read_header(folder)["options"])
+        for name, value in asdict(cached).items():
+            try:
+                gin.query_parameter(f"CustomData.{name}")
+            except ValueError:  # not bound
+                continue
+            if getattr(given, name) != value:
+                raise ValueError(
+                    f"CustomData.{name} = {getattr(given, name)!r}, but the corpus in {folder} was made with "
+                    f"{value!r}: leave it out, or bind it as for train_rqvae.py."
+                )
+        return cached
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -136,6 +152,8 @@ class CustomData:
         import polars as pl
 
         if self.items is None:
+            if self.text_columns or self.category_column:
+                raise ValueError("text_columns and category_column are columns of CustomData.items: bind it too")
             return None
         path, key = Path(self.items), self.item_key_column or self.item_column
         columns = [key, *self.text_columns, *([self.category_column] if self.category_column else [])]
@@ -154,12 +172,15 @@ class CustomData:
         if self.category_column:
             categories = _names(table, self.category_column).list.unique(maintain_order=True)
         comma = " " if path.suffix in ATOMIC else ", "  # between the parts of a list
-        return table.select(key=ids, text=_text(table, self.text_columns, comma), categories=categories)
+        made = table.select(key=ids, text=_text(table, self.text_columns, comma), categories=categories)
+        if self.text_columns and (made["text"] == UNKNOWN).all():
+            raise ValueError(f"{path}: the columns {', '.join(self.text_columns)} are empty in all rows")
+        return made
 
     def _corpus(self, events: "pl.DataFrame", catalogue: "pl.DataFrame") -> Corpus:
         import polars as pl
 
-        user_keys, users = numbered(events["user"])
+        user_keys, users = factorize(events["user"])
         items = catalogue.select(item="key").with_row_index("number")
         events = events.with_columns(user=users).join(items, on="item", how="left", maintain_order="left")
         whole = (pl.col("timestamp") // BILLION).cast(pl.Int64)  # what is below it has its say in the order

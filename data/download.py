@@ -5,23 +5,24 @@ import os
 import shutil
 import stat
 import sys
-import time
-import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import gin
+from common.files import aside
+from common.parameters import Name, PositiveInt, configurable
 
+HEADERS = {"Accept-Encoding": "identity", "User-Agent": "generative-retrieval"}
 TIMEOUT = (10, 60)  # seconds to connect, and between two packets
 MAX_EXPANSION = 100  # times the archive's size, or SMALL bytes
 SMALL = 1 << 20
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file to download: a zip archive, or a gzip file that is used as it is.
 
     urls: mirrors, the preferred one first. checksum: "md5:..." where the publisher gives one.
@@ -38,34 +39,34 @@ class Remote:
         return tuple(self.members) or (self.name,)
 
 
-def obtain(ways: Sequence[Sequence[Remote]], folder: Path, archives: Path) -> tuple[str, ...]:
+def ensure_raw_files(sources: Sequence[Sequence[RemoteFile]], folder: Path, archives: Path) -> tuple[str, ...]:
     """Makes one complete set of raw files lie in `folder` and returns their names.
 
-    ways: alternative sets of remotes, the preferred first. What lies in `folder` is used as it is, and so is an archive
-    in `archives`; only what is missing is fetched.
+    sources: alternative sets of remotes, the preferred first. What lies in `folder` is used as it is, and so is an
+    archive in `archives`; only what is missing is fetched.
 
-    Raises FileNotFoundError that says what to put where, if no way works; ValueError where an archive is damaged or
+    Raises FileNotFoundError that says what to put where, if no source works; ValueError where an archive is damaged or
     not to be trusted; OSError where the disk is full.
     """
     problems = []
-    complete = [way for way in ways if not _missing(way, folder)]
+    complete = [source for source in sources if not _missing(source, folder)]
     if complete:
         return _files(complete[0])
-    started = sorted(ways, key=lambda way: _missing(way, folder) == _files(way))  # one that is partly there goes first
-    for way in started:
+    started = sorted(sources, key=lambda source: _missing(source, folder) == _files(source))  # partly there: first
+    for source in started:
         try:
-            for remote in way:
+            for remote in source:
                 _complete(remote, folder, archives)
-            return _files(way)
+            return _files(source)
         except ConnectionError as error:
             problems.append(str(error))
     missing = ", ".join(str(folder / name) for name in _missing(started[0], folder))
-    choices = "\nor ".join(_instruction(way, folder, archives) for way in ways)
+    choices = "\nor ".join(_instruction(source, folder, archives) for source in sources)
     reasons = "\n".join(problems)
     raise FileNotFoundError(f"there is no {missing}.\nPut {choices}.\nDownloading failed:\n{reasons}")
 
 
-def _complete(remote: Remote, folder: Path, archives: Path) -> None:
+def _complete(remote: RemoteFile, folder: Path, archives: Path) -> None:
     """Fetches what is missing of one remote; ConnectionError where what came by download is of no use."""
     missing = _missing((remote,), folder)
     if not missing:
@@ -85,57 +86,74 @@ def _complete(remote: Remote, folder: Path, archives: Path) -> None:
         raise ConnectionError(f"  {error}") from error
 
 
-def _files(way: Sequence[Remote]) -> tuple[str, ...]:
-    return tuple(name for remote in way for name in remote.files)
+def _files(source: Sequence[RemoteFile]) -> tuple[str, ...]:
+    return tuple(name for remote in source for name in remote.files)
 
 
-def _missing(way: Sequence[Remote], folder: Path) -> tuple[str, ...]:
-    return tuple(name for name in _files(way) if not (folder / name).is_file())
+def _missing(source: Sequence[RemoteFile], folder: Path) -> tuple[str, ...]:
+    return tuple(name for name in _files(source) if not (folder / name).is_file())
 
 
-def _instruction(way: Sequence[Remote], folder: Path, archives: Path) -> str:
-    zips = "".join(f" (or {remote.name} into {archives})" for remote in way if remote.members)
-    return f"{', '.join(_files(way))} into {folder}{zips}"
+def _instruction(source: Sequence[RemoteFile], folder: Path, archives: Path) -> str:
+    zips = "".join(f" (or {remote.name} into {archives})" for remote in source if remote.members)
+    return f"{', '.join(_files(source))} into {folder}{zips}"
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class Downloads:
     """How files are downloaded.
 
-    mirrors: file name -> URLs to take instead of the published ones. attempts: rounds over all URLs, with 1, 2, 4 ..
-    seconds in between; a URL that refuses or serves something else is not asked again.
+    mirrors: file name -> URLs to take instead of the published ones. attempts: at each URL, with 1, 2, 3 .. seconds in
+    between; one that refuses or serves something else is not asked again.
     """
 
-    mirrors: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    attempts: int = 4
+    mirrors: Mapping[str, Sequence[Name]] = field(default_factory=dict)
+    attempts: PositiveInt = 4
 
 
-def fetch(remote: Remote, folder: Path) -> Path:
+class Refused(Exception):
+    """Why a URL is not asked again."""
+
+
+def fetch(remote: RemoteFile, folder: Path) -> Path:
     """Downloads one file into `folder` and returns its path.
 
     Raises ConnectionError with one line for each URL, and OSError where the file can't be written.
     """
-    import requests
+    import pooch
+    from pooch.hashes import hash_matches
+    from requests import RequestException
 
-    settings = Downloads()
-    urls = dict.fromkeys(settings.mirrors.get(remote.name, remote.urls))
-    problems = {}
-    for attempt in range(settings.attempts):
-        if attempt and urls:
-            time.sleep(2 ** (attempt - 1))
-        for url in tuple(urls):
-            try:
-                return _download(url, remote, folder)
-            except (requests.RequestException, ValueError) as error:
-                problems[url] = f"  {url}: {_reason(error)}"
-                if not _may_pass(error):
-                    del urls[url]
-                elif attempt + 1 < settings.attempts:
-                    print(f"{problems[url].strip()}; trying again", flush=True)
-            except OSError as error:
-                raise _disk_error(error, remote.name, folder) from error
-    raise ConnectionError("\n".join(problems.values()))
+    pooch.get_logger().setLevel("WARNING")
+    bar = {"progressbar": sys.stderr.isatty(), "chunk_size": 1 << 20}
+    http = pooch.HTTPDownloader(**bar, timeout=TIMEOUT, headers=HEADERS)
+    settings, problems = Downloads(), []
+
+    def attempt(url: str, output: str, store: pooch.Pooch) -> None:
+        try:
+            http(url, output, store)
+            hash_matches(output, remote.checksum, strict=True, source=remote.name)
+            _check_whole(Path(output), remote.name)
+        except (RequestException, ValueError) as error:
+            if not _may_pass(error):
+                raise Refused(_reason(error)) from error
+            print(f"{url}: {_reason(error)}", flush=True)
+            raise
+
+    for url in settings.mirrors.get(remote.name, remote.urls):
+        print(f"Downloading {remote.name} from {url} to {folder}", flush=True)
+        file, attempts = {remote.name: url}, settings.attempts
+        store = pooch.create(folder, "", registry={remote.name: None}, urls=file, retry_if_failed=attempts - 1)
+        try:
+            path = Path(store.fetch(remote.name, downloader=attempt))
+            path.chmod(0o666 & ~_umask())  # pooch's temporary files are private
+            return path
+        except (RequestException, Refused) as error:
+            problems.append(f"  {url}: {_reason(error)}")
+        except OSError as error:
+            raise _disk_error(error, remote.name, folder) from error
+    raise ConnectionError("\n".join(problems))
 
 
 def _may_pass(error: Exception) -> bool:
@@ -156,29 +174,6 @@ def _reason(error: Exception) -> str:
 
 def _disk_error(error: OSError, name: str, folder: Path) -> OSError:
     return OSError(error.errno, f"{name} can't be written ({error.strerror}); is the disk full?", str(folder))
-
-
-def _download(url: str, remote: Remote, folder: Path) -> Path:
-    """One attempt. ValueError where what came is not the file that was asked for."""
-    import pooch
-
-    pooch.get_logger().setLevel("WARNING")
-    print(f"Downloading {remote.name} from {url} to {folder}", flush=True)
-    downloader = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(),
-        chunk_size=1 << 20,
-        timeout=TIMEOUT,
-        headers={"Accept-Encoding": "identity", "User-Agent": "generative-retrieval"},
-    )
-    aside = folder / f".{remote.name}-{uuid.uuid4().hex[:12]}"
-    try:
-        pooch.retrieve(url, remote.checksum, aside.name, folder, downloader=downloader)
-        _check_whole(aside, remote.name)
-        aside.chmod(0o666 & ~_umask())  # pooch's temporary files are private
-        os.replace(aside, folder / remote.name)
-    finally:
-        aside.unlink(missing_ok=True)
-    return folder / remote.name
 
 
 def _check_whole(path: Path, name: str) -> None:
@@ -213,25 +208,20 @@ def unpack(archive: Path, members: Mapping[str, str], folder: Path) -> None:
     link for a member, or expands more than a hundredfold; OSError where a file can't be written.
     """
     advice = "delete it to download it again, or put the right one in its place"
-    aside = folder / f".unpacking-{uuid.uuid4().hex[:12]}"
     try:
-        with zipfile.ZipFile(archive) as opened:
+        with zipfile.ZipFile(archive) as opened, ExitStack() as stack:
             found = {name: _member(opened, end) for name, end in members.items()}
             size = sum(info.file_size for info in found.values())
             if size > max(SMALL, MAX_EXPANSION * archive.stat().st_size):
                 raise ValueError(f"it would expand to {size:,} bytes, more than {MAX_EXPANSION} times its size")
-            aside.mkdir(parents=True)
             for name, info in found.items():
-                with opened.open(info) as source, open(aside / name, "wb") as target:
+                part = stack.enter_context(aside(folder / name))
+                with opened.open(info) as source, open(part, "wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-        for name in members:
-            os.replace(aside / name, folder / name)
     except OSError as error:
         raise _disk_error(error, f"what {archive.name} holds", folder) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{archive} can't be used ({error}): {advice}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _member(opened: zipfile.ZipFile, end: str) -> zipfile.ZipInfo:

@@ -4,22 +4,22 @@ import hashlib
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-import gin
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from common.packed_strings import pack_strings, unpack_strings
+from common.parameters import Name, PathName, PositiveInt, configurable
 from data.corpus import Corpus
 from data.items import Items
-from data.strings import pack_strings, unpack_strings
 
 MODEL_FILES = {".json", ".txt", ".model", ".safetensors", ".bin"}
 
 
-@gin.configurable
+@configurable
 @dataclass(frozen=True)
 class TfidfSvd:
     """Latent semantic analysis (Deerwester et al. 1990): tf-idf, projected on its largest components.
@@ -32,9 +32,9 @@ class TfidfSvd:
     """
 
     from_interactions = False
-    dim: int = 256
-    ngrams: int = 2
-    min_df: int = 2
+    dim: PositiveInt = 256
+    ngrams: PositiveInt = 2
+    min_df: PositiveInt = 2
 
     @property
     def identity(self) -> str:
@@ -56,7 +56,7 @@ class TfidfSvd:
             terms = vectorizer.fit_transform(texts)
         except ValueError as error:
             raise ValueError(f"{self.identity} finds no terms in {len(texts)} texts: {error}") from error
-        if not 1 <= self.dim < min(terms.shape):
+        if self.dim >= min(terms.shape):
             raise ValueError(
                 f"TfidfSvd.dim = {self.dim} does not fit {terms.shape[0]} texts with {terms.shape[1]} terms: "
                 f"the largest possible value is {min(terms.shape) - 1}"
@@ -84,7 +84,7 @@ class TfidfSvd:
         return TfidfVectorizer(ngram_range=(1, self.ngrams), sublinear_tf=True, **options)
 
 
-@gin.configurable
+@configurable
 @dataclass
 class SentenceEncoder:
     """A sentence-transformers model.
@@ -95,18 +95,14 @@ class SentenceEncoder:
     """
 
     from_interactions = False
-    model: str = "sentence-transformers/sentence-t5-base"
-    revision: str | None = None
-    batch_size: int = 64
+    model: PathName = "sentence-transformers/sentence-t5-base"
+    revision: Name | None = None
+    batch_size: PositiveInt = 64
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     normalize: bool = False
     prompt: str | None = None
-    device: str | None = None
-    chunk_items: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.precision not in (known := get_args(SentenceEncoder.__annotations__["precision"])):
-            raise ValueError(f"SentenceEncoder.precision must be one of {', '.join(known)}, not {self.precision!r}")
+    device: Name | None = None
+    chunk_items: PositiveInt = 8192
 
     @property
     def settings(self) -> dict:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.schemas import Interactions
+from common.schemas import Interactions
 from ops.jagged import lengths_to_offsets
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def k_core(events: "pl.DataFrame", k: int) -> "pl.DataFrame":
         events = kept
 
 
-def numbered(keys: "pl.Series") -> tuple[list, "pl.Series"]:
+def factorize(keys: "pl.Series") -> tuple[list, "pl.Series"]:
     """The distinct keys in the order of their first appearance, and the number of each row's key (UInt32)."""
     import polars as pl
 

@@ -7,18 +7,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from pydantic import Field, PlainValidator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.chunks import encode_chunks, save_array
+from common.files import aside, in_turn, lock, write_file
+from data.chunks import encode_chunks
 from data.corpus import Corpus
-from data.files import lock, write_file
 from data.items import Items
 from data.sources import Categories, FittedSources, checked
 
@@ -55,26 +56,21 @@ class FeatureSource(Protocol):
         ...
 
 
+def _made(source: FeatureSource) -> FeatureSource:
+    if not hasattr(type(source), "transform"):
+        raise ValueError("Input should be a feature source with brackets, such as @TfidfSvd()")
+    return source
+
+
+Sources = Annotated[tuple[Annotated[FeatureSource, PlainValidator(_made)], ...], Field(min_length=1)]
+
+
 @dataclass(frozen=True)
 class ItemFeatures:
     """values [N, D] float32, row n is item n; memory-mapped where one source makes them all. fitted: what made them."""
 
     values: np.ndarray
     fitted: FittedSources
-
-    @property
-    def identity(self) -> str:
-        return self.fitted.identity
-
-    @property
-    def n_cat_features(self) -> int:
-        """How many trailing columns are multi-hot categories."""
-        return self.fitted.n_cat_features
-
-    @property
-    def from_interactions(self) -> np.ndarray:
-        """[D] bool, which columns are of sources that read interactions."""
-        return self.fitted.from_interactions
 
 
 def item_features(
@@ -126,21 +122,16 @@ def _write(files: list[Path], source: FeatureSource, corpus: Corpus, train_lengt
     if len(files) == 1:
         encode_chunks(source.encode, corpus.texts(), source.chunk_items, files[0], force)
     else:
-        _save_in_turn(files, partial(_fit, files, source, corpus, train_lengths), force)
-
-
-def _save_in_turn(files: list[Path], write: Callable[[], None], force: bool) -> None:
-    """Once where the nodes share a disk, and once a node where they don't, or if it is forced."""
-    state = PartialState()
-    with state.main_process_first(), state.local_main_process_first():
-        if state.is_local_main_process and (force or not all(path.exists() for path in files)):
-            write()
+        with in_turn():
+            if PartialState().is_local_main_process and (force or not all(path.exists() for path in files)):
+                _fit(files, source, corpus, train_lengths)
 
 
 def _fit(files: list[Path], source: FeatureSource, corpus: Corpus, train_lengths: Tensor) -> None:
     state = source.fit(corpus, train_lengths)
     values = checked(source.transform(state, Items.of(corpus)), source.identity, corpus.item_keys)
-    save_array(files[0], values)
+    with aside(files[0]) as part:
+        np.save(part, values)
     write_file(files[1], save(state))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.tables import LINES, fail, keys, read_table, reading, scan_table, times
+from data.tables import LINES, fail, keys, read_table, reading, scan_table, times, whole_rows
 
 if TYPE_CHECKING:
     import polars as pl
@@ -96,7 +96,8 @@ def _from_table(
         table = scan_table(path, (user, item), text=(user, item))
         names = table.collect_schema().names()
         if "items" in names:
-            batches = _lists(path, table).collect_batches(chunk_size=size, maintain_order=True)
+            options = {"maintain_order": True, "optimizations": whole_rows(path)}
+            batches = _lists(path, table).collect_batches(chunk_size=size, **options)
         elif item in names:
             batches = _grouped(path, user, item, time if time in names else None).iter_slices(size)
         else:

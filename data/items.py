@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.packed_strings import pack_strings, unpack_strings
 from data.corpus import Corpus
-from data.strings import pack_strings, unpack_strings
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,7 +28,7 @@ class Items:
     @staticmethod
     def of(corpus: Corpus) -> "Items":
         """All items of a corpus, in order."""
-        return Items(corpus.item_keys, corpus.texts(), corpus.items["categories"].to_list())
+        return Items(corpus.item_keys, corpus.texts(), corpus.categories())
 
     @staticmethod
     def read(items: "pl.DataFrame | Sequence[Mapping]") -> "Items":

@@ -11,11 +11,11 @@ from collections.abc import Container
 from pathlib import Path
 
 from data.corpus import Corpus
-from data.download import Remote
-from data.ml32m import build
+from data.download import RemoteFile
+from data.ml32m import build, row_problem
 
 FILES = ("movies.dat", "ratings.dat")
-ARCHIVE = Remote(
+ARCHIVE = RemoteFile(
     "ml-1m.zip",
     (
         "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
@@ -25,6 +25,7 @@ ARCHIVE = Remote(
     {name: f"ml-1m/{name}" for name in FILES},
 )
 SEPARATOR = "\x1f"
+COLUMNS = dict.fromkeys(("userId", "movieId", "rating", "timestamp"), int)
 
 
 def read_ml1m(folder: Path, name: str) -> Corpus:
@@ -40,7 +41,7 @@ def read_ml1m(folder: Path, name: str) -> Corpus:
 
     movies = _read_movies(folder / "movies.dat")
     path = folder / "ratings.dat"
-    columns = {column: pl.Int64 for column in ("userId", "movieId", "rating", "timestamp")}
+    columns = dict.fromkeys(COLUMNS, pl.Int64)
     content = path.read_bytes().replace(b"::", SEPARATOR.encode())
     try:
         ratings = pl.read_csv(content, has_header=False, separator=SEPARATOR, quote_char=None, schema=columns)
@@ -77,12 +78,6 @@ def _bad_rating(path: Path, known_movies: Container[int]) -> ValueError | None:
     known = set(known_movies)
     with open(path, encoding="latin-1") as lines:
         for number, line in enumerate(lines, start=1):
-            fields = line.rstrip("\r\n").split("::")
-            if len(fields) != 4:
-                return ValueError(f"{path}, line {number}: {len(fields)} fields where there must be 4")
-            wrong = [field for field in fields if not field.isdecimal()]
-            if wrong:
-                return ValueError(f"{path}, line {number}: {wrong[0]!r} must be a whole number")
-            if int(fields[1]) not in known:
-                return ValueError(f"{path}, line {number}: movieId {fields[1]} is not in movies.dat")
+            if problem := row_problem(line.rstrip("\r\n").split("::"), COLUMNS, known):
+                return ValueError(f"{path}, line {number}: {problem}")
     return None

@@ -11,12 +11,16 @@ Harper and Konstan 2015, https://doi.org/10.1145/2827872.
 import csv
 import math
 from collections.abc import Container
+from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.corpus import Corpus
-from data.download import Remote
-from data.events import sequences
+from data.download import RemoteFile
+from data.events import factorize, sequences
+from data.lines import rows
+from data.tags import Tags
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,7 +31,7 @@ COLUMNS: dict[str, dict[str, type]] = {
     "ratings.csv": {"userId": int, "movieId": int, "rating": float, "timestamp": int},
     "tags.csv": {"userId": int, "movieId": int, "tag": str, "timestamp": int},
 }
-ARCHIVE = Remote(
+ARCHIVE = RemoteFile(
     "ml-32m.zip",
     (
         "https://files.grouplens.org/datasets/movielens/ml-32m.zip",
@@ -37,7 +41,6 @@ ARCHIVE = Remote(
     {name: f"ml-32m/{name}" for name in FILES},
 )
 NO_GENRES = "(no genres listed)"
-MAX_TAGS = 10
 
 
 def read_movielens(folder: Path, name: str) -> Corpus:
@@ -64,61 +67,51 @@ def read_movielens(folder: Path, name: str) -> Corpus:
 
 def build(name: str, movies: "pl.DataFrame", ratings: "pl.DataFrame", tags: "pl.DataFrame | None" = None) -> Corpus:
     """A corpus from tables of movies (item, movieId, title, genres), ratings (userId, item, timestamp) and tags
-    (item, tag)."""
+    (userId, item, tag, timestamp)."""
     import polars as pl
 
-    user_keys, interactions = sequences(ratings.select("item", "timestamp", user="userId"))
-    if tags is None:
-        tags = pl.DataFrame(schema={"item": movies["item"].dtype, "tag": pl.String})
-    movies = _describe(movies, tags)
+    users, interactions = sequences(ratings.select("item", "timestamp", user="userId"))
+    movies = _describe(movies)
     return Corpus.build(
         name,
         interactions,
         item_keys=movies["movieId"].cast(pl.String).to_list(),
-        user_keys=[str(user) for user in user_keys],
+        user_keys=[str(user) for user in users],
         texts=movies["text"].to_list(),
         categories=movies["categories"].to_list(),
+        tags=None if tags is None else _tags(tags, users),
     )
 
 
-def _describe(movies: "pl.DataFrame", tags: "pl.DataFrame") -> "pl.DataFrame":
-    """Adds `categories`, the genres, and `text`: "Toy Story (1995). Genres: Animation. Tags: pixar, fun."
-
-    The tags are the movie's most frequent, lower-cased, ties by alphabet.
-    """
+def _clean(column: str) -> "pl.Expr":
     import polars as pl
 
-    def clean(column: str) -> pl.Expr:
-        return pl.col(column).str.replace_all(r"\s+", " ").str.strip_chars()
+    return pl.col(column).str.replace_all(r"\s+", " ").str.strip_chars()
 
-    top_tags = (
-        tags.lazy()
-        .select("item", clean("tag").str.to_lowercase())
-        .filter(pl.col("tag") != "")
-        .group_by("item", "tag")
-        .len()
-        .sort(["item", "len", "tag"], descending=[False, True, False])
-        .group_by("item", maintain_order=True)
-        .agg(pl.col("tag").head(MAX_TAGS).str.join(", "))
-    )
-    no_genres = pl.col("genres").is_in([NO_GENRES, ""])
-    has_stop = pl.col("title").str.ends_with(".")
-    return (
-        movies.lazy()
-        .join(top_tags, on="item", how="left", maintain_order="left")
-        .with_columns(clean("title"), categories=pl.when(~no_genres).then(pl.col("genres").str.split("|")))
-        .with_columns(
-            text=pl.concat_str(
-                pl.col("title"),
-                pl.when(~has_stop).then(pl.lit(".")),
-                pl.format(" Genres: {}.", pl.col("categories").list.join(", ")),
-                pl.format(" Tags: {}.", pl.col("tag")),
-                ignore_nulls=True,
-            ),
-            categories=pl.col("categories").fill_null([]),
-        )
-        .collect()
-    )
+
+def _describe(movies: "pl.DataFrame") -> "pl.DataFrame":
+    """Adds `categories`, the genres, and `text`: "Toy Story (1995). Genres: Animation, Children."."""
+    import polars as pl
+
+    genres, stop = pl.col("genres"), pl.when(~pl.col("title").str.ends_with(".")).then(pl.lit("."))
+    named = pl.when(~genres.is_in([NO_GENRES, ""])).then(genres.str.split("|"))
+    movies = movies.with_columns(_clean("title"), categories=named)
+    listed = pl.format(" Genres: {}.", pl.col("categories").list.join(", "))
+    text = pl.concat_str("title", stop, listed, ignore_nulls=True)
+    return movies.with_columns(text=text, categories=pl.col("categories").fill_null([]))
+
+
+def _tags(tags: "pl.DataFrame", users: list[int]) -> Tags:
+    """The tags in lower case, but for empty ones."""
+    import polars as pl
+
+    tags = tags.with_columns(_clean("tag").str.to_lowercase()).filter(pl.col("tag") != "")
+    tags = tags.sort("tag", maintain_order=True)
+    rows = pl.DataFrame({"userId": users}, {"userId": pl.Int64}).with_row_index("user")
+    names, name = factorize(tags["tag"])
+    tags = tags.with_columns(name=name).join(rows, on="userId", how="left", maintain_order="left")
+    columns = tags.select(pl.col("user").cast(pl.Int64).fill_null(-1), "item", "name", "timestamp").cast(pl.Int64)
+    return Tags(*columns.to_torch("dict").values(), names)
 
 
 def _with_item(rows: "pl.DataFrame", movies: "pl.DataFrame", path: Path) -> "pl.DataFrame":
@@ -126,7 +119,7 @@ def _with_item(rows: "pl.DataFrame", movies: "pl.DataFrame", path: Path) -> "pl.
     rows = rows.join(movies.select("movieId", "item"), on="movieId", how="left", maintain_order="left")
     if rows["item"].null_count():
         known = set(movies["movieId"].to_list())
-        raise _bad_row(path, known) or ValueError(f"{path}: a movieId is not in movies.csv")
+        raise _bad_row(path, known) or ValueError(f"{path}: a movieId is not among the movies")
     return rows
 
 
@@ -156,25 +149,18 @@ def _read(folder: Path, file: str) -> "pl.DataFrame":
 
 def _bad_row(path: Path, known_movies: Container[int] | None = None) -> ValueError | None:
     """The error that describes the first malformed row, or None. Slow: for suspect files."""
-    columns = COLUMNS[path.name]
-    with open(path, "rb") as lines:
-        rows = csv.reader((line.decode("utf-8") for line in lines), strict=True)
-        line_number = 1  # where the row begins: it may go over several lines
+    for line, row in islice(rows(path), 1, None):
         try:
-            next(rows)
-            line_number = rows.line_num + 1
-            for row in rows:
-                if problem := _problem(row, columns, known_movies):
-                    return ValueError(f"{path}, line {line_number}: {problem}")
-                line_number = rows.line_num + 1
-        except UnicodeDecodeError as error:
-            return ValueError(f"{path}, line {rows.line_num + 1}: the bytes are not UTF-8 ({error.reason})")
-        except csv.Error as error:
-            return ValueError(f"{path}, line {line_number}: {error}")
+            fields = next(csv.reader(StringIO(row.decode(), newline=""), strict=True), [])
+            problem = row_problem(fields, COLUMNS[path.name], known_movies)
+        except (UnicodeDecodeError, csv.Error) as error:
+            problem = f"the bytes are not UTF-8 ({error.reason})" if hasattr(error, "reason") else str(error)
+        if problem:
+            return ValueError(f"{path}, line {line}: {problem}")
     return None
 
 
-def _problem(row: list[str], columns: dict[str, type], known_movies: Container[int] | None) -> str | None:
+def row_problem(row: list[str], columns: dict[str, type], known_movies: Container[int] | None) -> str | None:
     """What is wrong with a row, if anything."""
     if len(row) != len(columns):
         return f"{len(row)} fields where there must be {len(columns)}"
@@ -186,5 +172,5 @@ def _problem(row: list[str], columns: dict[str, type], known_movies: Container[i
         if kind is float and not math.isfinite(value):
             return f"{column} must be finite, not {field!r}"
         if column == "movieId" and known_movies is not None and value not in known_movies:
-            return f"movieId {value} is not in movies.csv"
+            return f"movieId {value} is not among the movies"
     return None

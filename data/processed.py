@@ -2,22 +2,22 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import gin
 
+from common.files import lock
+from common.parameters import NamedEnum
 from data import amazon, ml1m, ml32m
 from data.corpus import Corpus, read_header
 from data.custom import CustomData
-from data.download import Remote, obtain
-from data.files import lock
+from data.download import RemoteFile, ensure_raw_files
 
 
 @gin.constants_from_enum
-class RecDataset(Enum):
+class RecDataset(NamedEnum):
     """In a gin file: `%data.processed.RecDataset.AMAZON`."""
 
     AMAZON = "amazon"
@@ -27,10 +27,10 @@ class RecDataset(Enum):
     CUSTOM = "custom"
 
 
-class _Source(NamedTuple):
+class _RawData(NamedTuple):
     """Where a corpus comes from: its name, the folder of its raw files, and what reads them.
 
-    ways: the sets of files that serve, and where each is downloaded; empty for files that can't be.
+    sources: the sets of files that serve, and where each is downloaded; empty for files that can't be.
     files: the names where there is nothing to choose. options: parameters of `read` that shape the
     corpus; None: not known, a cached corpus serves as it is.
     """
@@ -38,13 +38,17 @@ class _Source(NamedTuple):
     name: str
     folder: Path
     read: Callable[[tuple[str, ...]], Corpus]
-    ways: Sequence[Sequence[Remote]] = ()
+    sources: Sequence[Sequence[RemoteFile]] = ()
     files: tuple[str, ...] = ()
     options: dict | None = {}
 
 
 def load_corpus(
-    dataset: RecDataset, dataset_folder: str, dataset_split: str = "", force_process: bool = False
+    dataset: RecDataset,
+    dataset_folder: str,
+    dataset_split: str = "",
+    force_process: bool = False,
+    as_cached: bool = False,
 ) -> Corpus:
     """The corpus of a data set, cached in `<dataset_folder>/processed/<name>`.
 
@@ -52,7 +56,8 @@ def load_corpus(
     ML_1M, ML_32M: MovieLens; its files are in `<dataset_folder>/raw`; no split.
     SAMPLE: MovieLens latest-small, which comes with the code; no split.
     CUSTOM: your own files, see `data.custom.CustomData`; no split.
-    force_process: read the raw files even if the cache fits.
+    force_process: read the raw files even if the cache fits. as_cached: your own files are read as they were for the
+    cache, if there is one, whatever is not bound.
 
     Raw files that are not there are downloaded (`data.download`). A cache whose raw files are not there is used as it
     is; one whose raw files or options have changed is built anew. Of several processes that ask at once, one builds.
@@ -60,7 +65,7 @@ def load_corpus(
     Raises ValueError on an unknown split, malformed raw files, or a damaged cache; FileNotFoundError that names what
     to put where, if there is neither the cache nor a raw file nor a way to download it.
     """
-    source = _source(dataset, Path(dataset_folder), dataset_split)
+    source = _source(dataset, Path(dataset_folder), dataset_split, as_cached)
     cache = Path(dataset_folder) / "processed" / source.name
     if not force_process and _changed(source, cache) == []:
         return Corpus.load(cache)
@@ -68,16 +73,18 @@ def load_corpus(
         changed = None if force_process else _changed(source, cache)
         if changed == []:  # another process has built it meanwhile
             return Corpus.load(cache)
-        if changed:
-            print(f"{cache}: to be built anew, because {', '.join(changed)} changed", flush=True)
-        files = obtain(source.ways, source.folder, Path(dataset_folder) / "raw") if source.ways else source.files
+        files, archives = source.files, Path(dataset_folder) / "raw"
+        if source.sources:
+            files = ensure_raw_files(source.sources, source.folder, archives)
         raw_files = [_fingerprint(source.folder, file) for file in files]
         corpus = source.read(files)
         corpus.save(cache, raw_files, source.options)
+        if changed:
+            print(f"{cache}: built anew, because {', '.join(changed)} changed", flush=True)
     return corpus
 
 
-def _source(dataset: RecDataset, dataset_folder: Path, split: str) -> _Source:
+def _source(dataset: RecDataset, dataset_folder: Path, split: str, as_cached: bool) -> _RawData:
     allowed = tuple(amazon.CATEGORIES) if dataset is RecDataset.AMAZON else ("",)
     if split not in allowed:
         choices = " or ".join(repr(choice) for choice in allowed)
@@ -85,16 +92,18 @@ def _source(dataset: RecDataset, dataset_folder: Path, split: str) -> _Source:
     raw = dataset_folder / "raw"
     if dataset is RecDataset.AMAZON:
         name = f"amazon_{split}"
-        return _Source(name, raw / split, partial(_read_amazon, raw / split, name), amazon.ways(split))
+        return _RawData(name, raw / split, partial(_read_amazon, raw / split, name), amazon.sources(split))
     if dataset is RecDataset.ML_1M:
-        return _Source("ml1m", raw, lambda _: ml1m.read_ml1m(raw, "ml1m"), ((ml1m.ARCHIVE,),))
+        return _RawData("ml1m", raw, lambda _: ml1m.read_ml1m(raw, "ml1m"), ((ml1m.ARCHIVE,),))
     if dataset is RecDataset.ML_32M:
-        return _Source("ml32m", raw, lambda _: ml32m.read_movielens(raw, "ml32m"), ((ml32m.ARCHIVE,),))
+        return _RawData("ml32m", raw, lambda _: ml32m.read_movielens(raw, "ml32m"), ((ml32m.ARCHIVE,),))
     if dataset is RecDataset.SAMPLE:
         sample = Path(__file__).parent / "sample"
-        return _Source("sample", sample, lambda _: ml32m.read_movielens(sample, "sample"), files=ml32m.FILES)
+        return _RawData("sample", sample, lambda _: ml32m.read_movielens(sample, "sample"), files=ml32m.FILES)
     data = CustomData()
-    return _Source(data.name, Path(), lambda _: data.read(), files=data.files, options=data.options)
+    if as_cached and (cache := dataset_folder / "processed" / data.name).is_dir():
+        data = CustomData.as_cached(cache)
+    return _RawData(data.name, Path(), lambda _: data.read(), files=data.files, options=data.options)
 
 
 def _read_amazon(folder: Path, name: str, files: tuple[str, ...]) -> Corpus:
@@ -104,7 +113,7 @@ def _read_amazon(folder: Path, name: str, files: tuple[str, ...]) -> Corpus:
     return amazon.read_reviews(folder / reviews, folder / metadata, name)
 
 
-def _changed(source: _Source, cache: Path) -> list[str] | None:
+def _changed(source: _RawData, cache: Path) -> list[str] | None:
     """The raw files and options that are not those of the cached corpus; None where none is cached."""
     if not (cache / "corpus.json").exists():
         return None

@@ -10,12 +10,12 @@ import numpy as np
 from safetensors.torch import load, save
 from torch import Tensor
 
+from common.files import write_file
+from common.packed_strings import pack_strings, unpack_strings
 from data.cooccurrence import CoOccurrenceSvd
 from data.corpus import Corpus
 from data.encoders import SentenceEncoder, TfidfSvd
-from data.files import write_file
 from data.items import Items
-from data.strings import pack_strings, unpack_strings
 from data.vectors import Vectors
 
 FORMAT = "feature-sources-1"
@@ -39,7 +39,7 @@ class Categories:
 
     def fit(self, corpus: Corpus, train_lengths: Tensor) -> dict[str, Tensor]:
         """The C names. Raises ValueError where they are more than 512."""
-        names = sorted({name for group in corpus.items["categories"].to_list() for name in group})
+        names = sorted({name for group in corpus.categories() for name in group})
         if len(names) > MAX_CATEGORIES:
             raise ValueError(f"{corpus.name} has {len(names)} categories, columns are for up to {MAX_CATEGORIES}")
         data, offsets = pack_strings(names)

@@ -1,20 +1,25 @@
 """Which (user, position) pairs train, validate and test."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
-import gin
 import torch
+from pydantic import InstanceOf
 from torch import Tensor
 
-from data.schemas import Interactions, Samples
+from common.parameters import PositiveShare, Seed, configurable
+from common.schemas import Interactions, Samples
 from ops.jagged import lengths_to_offsets, row_indices
+
+SplitKind = Literal["leave-one-out", "temporal"]
 
 
 @dataclass(frozen=True)
 class Splits:
     """name: the rule that drew them. interactions: in the order that was split. valid, test: prediction tasks.
 
-    train_lengths: [U] int64, how many leading interactions of each user are training data.
+    train_lengths: [U] int64, how many leading interactions of each user are training data. cut: the time before which
+    all of these lie, where there is one for all users.
     """
 
     name: str
@@ -22,6 +27,7 @@ class Splits:
     train_lengths: Tensor
     valid: Samples
     test: Samples
+    cut: int | None = None
 
 
 def leave_one_out(interactions: Interactions) -> Splits:
@@ -38,8 +44,10 @@ def leave_one_out(interactions: Interactions) -> Splits:
     return Splits("leave-one-out", interactions, train_lengths, valid, test)
 
 
-@gin.configurable
-def temporal(interactions: Interactions, valid_share: float = 0.1, test_share: float = 0.1) -> Splits:
+@configurable
+def temporal(
+    interactions: InstanceOf[Interactions], valid_share: PositiveShare = 0.1, test_share: PositiveShare = 0.1
+) -> Splits:
     """Two points in time, the same for all users, cut training data, validation and test (Meng et al. 2020).
 
     The last `test_share` of all interactions are later than the second cut or at it, the `valid_share` before them
@@ -47,16 +55,14 @@ def temporal(interactions: Interactions, valid_share: float = 0.1, test_share: f
     all that came before the cut; users without any before it have none. Whatever comes from the first cut on is no
     training data, also of users who are not evaluated.
 
-    Raises ValueError where the interactions have no times, a share is not positive or nothing is left to train on, or
+    Raises ValueError where the interactions have no times, nothing is left to train on, or
     a cut leaves no task.
     """
     times, shares = interactions.timestamps, (1 - valid_share - test_share, valid_share, test_share)
     if times is None:
         raise ValueError("The temporal split needs timestamps, and this corpus has the order only: use leave-one-out.")
-    if min(shares) <= 0:
-        raise ValueError(
-            f"temporal.valid_share = {valid_share} and test_share = {test_share} must be positive and below 1"
-        )
+    if shares[0] <= 0:
+        raise ValueError(f"temporal.valid_share = {valid_share} and test_share = {test_share} must have a sum below 1.")
     ends = [round((1 - share) * len(times)) for share in (valid_share + test_share, test_share)]
     cuts = [times.kthvalue(min(end + 1, len(times))).values for end in ends]
     users = row_indices(interactions.offsets, len(times))
@@ -70,23 +76,21 @@ def temporal(interactions: Interactions, valid_share: float = 0.1, test_share: f
     if not len(valid) or not len(test):
         raise ValueError("The temporal split leaves no user to validate or test on: choose larger shares.")
     name = "temporal " + "/".join(f"{100 * share:.4g}" for share in shares) + " %"
-    return Splits(name, interactions, before[0], valid, test)
+    return Splits(name, interactions, before[0], valid, test, int(cuts[0]))
 
 
-@gin.configurable("split")
-def draw_splits(kind: str, interactions: Interactions, tie_seed: int | None = None) -> Splits:
+@configurable("split")
+def draw_splits(kind: SplitKind, interactions: InstanceOf[Interactions], tie_seed: Seed | None = None) -> Splits:
     """kind: "leave-one-out", or "temporal" with the gin parameters of `temporal`.
 
     tie_seed: interactions of a user at the same time are split in a random order that this seed draws, and the name
     of the splits tells it; None: in the order of the source.
-    Raises ValueError for any other kind, or a tie_seed where the interactions have no times.
+    Raises ValueError for a tie_seed where the interactions have no times.
     """
-    kinds = {"leave-one-out": leave_one_out, "temporal": temporal}
-    if kind not in kinds:
-        raise ValueError(f"train.split must be one of {', '.join(kinds)}, not {kind!r}")
+    draw = leave_one_out if kind == "leave-one-out" else temporal
     if tie_seed is None:
-        return kinds[kind](interactions)
-    splits = kinds[kind](shuffle_ties(interactions, tie_seed))
+        return draw(interactions)
+    splits = draw(shuffle_ties(interactions, tie_seed))
     return replace(splits, name=f"{splits.name} (tie seed {tie_seed})")
 
 

@@ -1,22 +1,20 @@
 """Reading tables of a user's own: CSV, TSV, parquet, JSON or RecBole's, with errors that name file and row."""
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from data.lines import ATOMIC, LINES, SEPARATORS, broken, place
+
 if TYPE_CHECKING:
     import polars as pl
 
-SEPARATORS = {".csv": ",", ".tsv": "\t", ".inter": "\t", ".item": "\t"}
-LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".csv", ".tsv", ".parquet", *LINES)
-ATOMIC = (".inter", ".item")  # RecBole's
 BILLION = 10**9
 UNITS = {"ns": BILLION, "us": 10**6, "ms": 10**3}  # of a second
-TYPES = ("token", "token_seq", "float", "float_seq")  # of their columns
+TYPES = ("token", "token_seq", "float", "float_seq")  # of columns in RecBole's files
 
 
 def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> "pl.DataFrame":
@@ -36,7 +34,7 @@ def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> 
         absent = [column for column in columns if column not in names]
         if absent:
             raise ValueError(f"{path} has no column {absent[0]!r}; its columns are {', '.join(names)}")
-        return frame.select(columns).collect()
+        return frame.select(columns).collect(optimizations=whole_rows(path))
 
 
 def scan_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> "pl.LazyFrame":
@@ -57,6 +55,13 @@ def scan_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> 
     return pl.scan_ndjson(source, infer_schema_length=None, schema_overrides=dict.fromkeys(text, pl.String))
 
 
+def whole_rows(path: Path) -> "pl.QueryOptFlags":
+    """For `collect`: of CSV all columns are read, so that a row with too many is an error whichever are asked for."""
+    import polars as pl
+
+    return pl.QueryOptFlags(projection_pushdown=path.suffix not in SEPARATORS)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """What polars says about a file becomes a ValueError that names the file, and the line if that is known."""
@@ -67,7 +72,7 @@ def reading(path: Path) -> Iterator[None]:
     except (pl.exceptions.ColumnNotFoundError, pl.exceptions.SchemaFieldNotFoundError) as error:  # `text`, of JSON
         raise ValueError(f"{path} has no column {str(error).partition(chr(10))[0]!r}") from error
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        found = None if path.suffix in (".parquet", ".json") else _bad_line(path)
+        found = None if path.suffix in (".parquet", ".json") else broken(path)
         reason = found or f" can't be read as {path.suffix[1:]}: {str(error).partition(chr(10))[0]}"
         raise ValueError(f"{path}{reason}") from error
 
@@ -108,32 +113,9 @@ def _as_lines(path: Path, columns: Sequence[str]) -> bytes:
     return "\n".join(map(json.dumps, rows)).encode()
 
 
-def _bad_line(path: Path) -> str | None:
-    """Where the first line is that is no UTF-8, no JSON, or no row as wide as the header, and why. Slow."""
-    with open(path, "rb") as lines:
-        text = (line.decode("utf-8") for line in lines)
-        if path.suffix in SEPARATORS:
-            quoting = csv.QUOTE_NONE if path.suffix in ATOMIC else csv.QUOTE_MINIMAL
-            rows = csv.reader(text, delimiter=SEPARATORS[path.suffix], quoting=quoting, strict=True)
-        else:
-            rows = (json.loads(line) for line in text)
-        number, width = 0, None
-        try:
-            for row in rows:
-                number = getattr(rows, "line_num", number + 1)
-                width = width or len(row)
-                if path.suffix in SEPARATORS and len(row) > width:
-                    return f", line {number}: {len(row)} fields where the header has {width}"
-        except UnicodeDecodeError:
-            return f", line {number + 1}: the bytes are not UTF-8; convert the file first"
-        except (json.JSONDecodeError, csv.Error) as error:
-            return f", line {number + 1}: {error}"
-    return None
-
-
 def fail(path: Path, row: int, problem: str) -> NoReturn:
-    """Raises ValueError that names the row, counted from 1 without the header; `row` counts from 0."""
-    raise ValueError(f"{path}, row {row + 1}: {problem}")
+    """Raises ValueError that names the line and the row, from 1 without the header; `row` counts from 0."""
+    raise ValueError(f"{path}{place(path, row)}: {problem}")
 
 
 def keys(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
@@ -160,10 +142,10 @@ def times(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
     """
     import polars as pl
 
-    raw = table[column]
+    raw, readings = table[column], {}
     if raw.dtype == pl.String:
-        readings = [_billionths(raw), _dates(raw)]
-        found = min(readings, key=lambda reading: reading.null_count())
+        readings = {"a number": _billionths(raw), "an ISO date": _dates(raw)}
+        kind, found = min(readings.items(), key=lambda pair: pair[1].null_count())
     elif raw.dtype in (pl.Date, pl.Datetime):
         moments = raw.cast(pl.Datetime("us")) if raw.dtype == pl.Date else raw
         found = _billionths(moments.to_physical()) // UNITS[moments.dtype.time_unit]
@@ -177,7 +159,9 @@ def times(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
     bad = found.is_null() | (found // BILLION).cast(pl.Int64, strict=False).is_null()
     if bad.any():
         row = int(bad.arg_true()[0])
-        fail(path, row, f"{column!r} must be a number or an ISO date, not {raw[row]!r}")
+        mixed = found[row] is None and any(reading[row] is not None for reading in readings.values())
+        rule = f"{kind}, as in most rows" if mixed else "a number or an ISO date"
+        fail(path, row, f"{column!r} must be {rule}, not {raw[row]!r}")
     return found
 
 

@@ -5,16 +5,16 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-import gin
 import numpy as np
 from torch import Tensor
 
+from common.packed_strings import pack_strings
+from common.parameters import Name, PathName, configurable
 from data.corpus import Corpus
 from data.items import Items, look_up, vector_table
-from data.strings import pack_strings
 
 
-@gin.configurable
+@configurable
 @dataclass
 class Vectors:
     """Vectors that lie in a file, one an item.
@@ -27,9 +27,9 @@ class Vectors:
     """
 
     from_interactions = False
-    path: str
-    column: str = "embedding"
-    key_column: str = "item"
+    path: PathName
+    column: Name = "embedding"
+    key_column: Name = "item"
 
     digest: str | None = None
 
@@ -63,6 +63,10 @@ class Vectors:
         values = readers[path.suffix](path, corpus.item_keys)
         if values.ndim != 2 or len(values) != corpus.n_items:
             raise ValueError(f"{path} holds {list(values.shape)}, corpus {corpus.name!r} needs [{corpus.n_items}, D]")
+        if values.dtype.kind not in "fiu":
+            raise ValueError(f"{path} holds {values.dtype}; vectors are of real numbers")
+        if not (finite := np.isfinite(values).all(1)).all():
+            raise ValueError(f"{path}: the vector of item {corpus.item_keys[int(finite.argmin())]!r} is not finite")
         return vector_table(corpus.item_keys, np.array(values, dtype=np.float32))
 
     def transform(self, state: dict[str, Tensor], items: Items) -> np.ndarray:
@@ -102,6 +106,9 @@ class Vectors:
         from data.tables import read_table
 
         table = read_table(path, [self.key_column, self.column])
+        kind = table.schema[self.column]
+        if not isinstance(kind, pl.List | pl.Array) or not kind.inner.is_numeric():
+            raise ValueError(f"{path}: {self.column!r} must hold lists of numbers, not {kind}")
         table = table.select(key=pl.col(self.key_column).cast(pl.String), vector=self.column)
         if table["key"].is_duplicated().any():
             repeated = table.filter(pl.col("key").is_duplicated())["key"][0]

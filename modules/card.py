@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from modules.pretrained import PLACE
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-    from modules.pipeline import Pipeline
 
 MOVIELENS = {  # corpus -> name, and where GroupLens' terms are
     "sample": ("MovieLens latest-small", "ml-latest-small-README.html"),
@@ -43,7 +43,7 @@ not in it; if there are no others, there is no such file. `sources.json` and `so
 features of any item."""
 
 PIPELINE = f"""```python
-from modules.recommender import Recommender
+from modules.serving.recommender import Recommender
 
 recommender = Recommender.from_pretrained("{PLACE}")
 [found] = recommender.recommend([{{history}}], k=5)
@@ -72,19 +72,21 @@ def tokenizer_card(
     return _card("RQ-VAE tokenizer", corpus_name, lines)
 
 
-def pipeline_card(pipeline: "Pipeline", split: str, excluded: bool, metrics: dict[str, float]) -> str:
-    """split: by name. excluded: whether the model was chosen, and is shown, by rankings without consumed items.
-    metrics: what metrics.json holds."""
+def pipeline_card(
+    corpus_name: str, item_keys: list[str], counts: Tensor, split: str, excluded: bool, metrics: dict[str, float]
+) -> str:
+    """counts: [N] integers, how often each item occurs in training. split: by name. excluded: whether the model was
+    chosen, and is shown, by rankings without consumed items. metrics: what metrics.json holds."""
     from huggingface_hub import EvalResult
 
-    ids, kind = pipeline.semantic_ids, "new" if excluded else "all"
-    dataset, _ = MOVIELENS.get(ids.corpus_name, (ids.corpus_name, ""))
+    kind = "new" if excluded else "all"
+    dataset, _ = MOVIELENS.get(corpus_name, (corpus_name, ""))
     protocol = f"{split} split, ranking {'items not yet consumed' if excluded else 'all items'}"
     names = [name[5:] for name in metrics if re.fullmatch(r"test/(recall|ndcg)@(5|10)", name)]
     results = [
         EvalResult(
             "sequential-recommendation",
-            dataset_type=ids.corpus_name,
+            dataset_type=corpus_name,
             dataset_name=dataset,
             dataset_config=protocol,
             dataset_split="test",
@@ -94,14 +96,14 @@ def pipeline_card(pipeline: "Pipeline", split: str, excluded: bool, metrics: dic
         for name in names
     ]
     rows = {"most popular": f"test/most_popular/{kind}/", "transition": f"test/transition/{kind}/", "this": "test/"}
-    best = [ids.item_keys[item] for item in pipeline.counts.topk(min(2, ids.n_items)).indices]
-    lines = [f"Recommends the next of {ids.n_items:,} items of {dataset} by generating its semantic ID.", ""]
+    best = [item_keys[item] for item in counts.topk(min(2, len(item_keys))).indices]
+    lines = [f"Recommends the next of {len(item_keys):,} items of {dataset} by generating its semantic ID.", ""]
     lines += ["Keys, titles and what was learned from histories are under the terms of the dataset.", ""]
     lines += [_code(), "", PIPELINE.format(history=json.dumps(best, ensure_ascii=False)), ""]
     lines += [f"## Metrics\nTest, {protocol}.\n", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for row, start in rows.items():
         lines.append(f"| {row} | {' | '.join(f'{metrics[start + name]:.4f}' for name in names)} |")
-    return _card("Generative retrieval with semantic IDs", ids.corpus_name, lines, results)
+    return _card("Generative retrieval with semantic IDs", corpus_name, lines, results)
 
 
 def _card(title: str, corpus_name: str | None, lines: list[str], results: "list[EvalResult] | None" = None) -> str:

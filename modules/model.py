@@ -3,18 +3,19 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import gin
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
-from data.schemas import SeqBatch
-from modules.embedding.vectors import VectorSum, item_vectors, node_vectors
+from common.parameters import NonNegativeInt, PositiveFloat, PositiveInt, Rate, ShareBelowOne, configurable
+from common.schemas import SeqBatch
+from modules.embedding import ItemParts, NodeParts, VectorSum, item_vectors, node_vectors
 from modules.pretrained import load_pretrained, save_pretrained
-from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
+from modules.transformer.model import Decoder, Encoder, KVCache, MemoryView, TransformerConfig
 from modules.tree import Tree
 from ops.cross_entropy import Seen, linear_cross_entropy, sampled_losses
 from ops.jagged import JaggedTensor, row_indices
-from ops.residual import stream_dtype
+from ops.precision import stream_dtype
 from ops.sums import take_rows
 from ops.tree import tree_cross_entropy
 
@@ -55,7 +56,7 @@ class Encoded:
     memory: list[JaggedTensor]
 
 
-@gin.configurable
+@configurable
 class EncoderDecoderRetrievalModel(nn.Module):
     """A causal jagged transformer over items with two heads: a softmax down the tree, and one over all items.
 
@@ -67,7 +68,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
 
     tree, features: of the catalogue, on the device to train on; features [N, D], None where nothing names them.
     item_tokens: a history item is one token, its item vector; off, it is L' tokens, the vectors of the nodes on its
-    path, as in TIGER. item_parts, node_parts: see `modules.embedding.vectors`.
+    path, as in TIGER. item_parts, node_parts: see `modules.embedding`.
     decoder_layers: 0 makes the level queries from the encoder's state; otherwise a decoder makes them from the nodes
     above, attending to the encoded history, as in TIGER.
     item_loss, tree_loss: weights of the item head's loss and of each level's; 0 leaves the head out.
@@ -82,27 +83,27 @@ class EncoderDecoderRetrievalModel(nn.Module):
 
     def __init__(
         self,
-        tree: Tree,
-        features: Tensor | None = None,
-        counts: Tensor | None = None,
-        dim: int = 256,
-        ff_dim: int = 1024,
-        n_heads: int = 2,
-        head_dim: int = 128,
-        encoder_layers: int = 2,
-        decoder_layers: int = 0,
-        dropout: float = 0.5,
-        feature_dim: int = 512,
+        tree: InstanceOf[Tree],
+        features: InstanceOf[Tensor] | None = None,
+        counts: InstanceOf[Tensor] | None = None,
+        dim: PositiveInt = 256,
+        ff_dim: PositiveInt = 1024,
+        n_heads: PositiveInt = 2,
+        head_dim: PositiveInt = 128,
+        encoder_layers: PositiveInt = 2,
+        decoder_layers: NonNegativeInt = 0,
+        dropout: ShareBelowOne = 0.5,
+        feature_dim: PositiveInt = 512,
         causal_encoder: bool = True,
         item_tokens: bool = True,
-        item_parts: tuple[str, ...] = ("free", "features"),
-        node_parts: tuple[str, ...] = ("free", "codes", "features"),
-        item_loss: float = 1.0,
-        tree_loss: float = 0.33,
-        label_smoothing: float = 0.0,
-        vector_std: float = 0.2,
-        end_positions: int = 0,
-        max_rows: int = 1_000_000,
+        item_parts: ItemParts = ("free", "features"),
+        node_parts: NodeParts = ("free", "codes", "features"),
+        item_loss: Rate = 1.0,
+        tree_loss: Rate = 0.33,
+        label_smoothing: ShareBelowOne = 0.0,
+        vector_std: PositiveFloat = 0.2,
+        end_positions: NonNegativeInt = 0,
+        max_rows: PositiveInt = 1_000_000,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in NO_SETTINGS}
         super().__init__()
@@ -161,7 +162,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         return self.seen * SEEN_SCALE
 
     def vectors(self) -> Vectors:
-        """Of all items and nodes, in `ops.residual.stream_dtype`; for many searches they are made once."""
+        """Of all items and nodes, in `ops.precision.stream_dtype`; for many searches they are made once."""
         return Vectors(self.items() if self.items is not None else None, [level() for level in self.nodes])
 
     def _trained_vectors(self) -> Vectors:
@@ -206,9 +207,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         rows = row_indices(targets.offsets, len(items))
         aligned = targets.offsets is batch.history.offsets and self.tokens_per_item == 1  # target i follows token i
         state = encoded.values if aligned else take_rows(encoded.values, encoded.offsets[rows] + limits - 1)  # [P, dim]
-        weights = batch.target_weights
-        weights = torch.ones(len(items), device=items.device) if weights is None else weights
-        weights = weights.to(torch.promote_types(state.dtype, torch.float32))
+        weights = batch.weights.to(torch.promote_types(state.dtype, torch.float32))
         total = weights.sum()
         item_loss, levels = total.new_zeros(()), total.new_zeros(self.tree.n_levels)
         if self.item_loss > 0:
@@ -273,12 +272,12 @@ class EncoderDecoderRetrievalModel(nn.Module):
         return Encoded(state, self.decoder.memory(encoded) if self.decoder is not None else [])
 
     def next_query(
-        self, encoded: Encoded, depth: int, nodes: Tensor, vectors: Vectors, past: Past | None
+        self, encoded: Encoded, depth: int, nodes: Tensor, vectors: Vectors, cache: KVCache | None
     ) -> tuple[Tensor, list[Tensor]]:
         """Queries for the children of nodes [B, K] of a depth, one step of generation; K = 1 at depth 0.
 
-        past: of the steps before, for B * K sequences. Returns queries [B, K, dim], or [B, 1, dim] where they don't
-        depend on the node, and each decoder layer's keys and values [B * K, 2, H, D], for `Past.extend`.
+        cache: of the steps before, for B * K sequences. Returns queries [B, K, dim], or [B, 1, dim] where they don't
+        depend on the node, and each decoder layer's keys and values [B * K, 2, H, D], for `KVCache.extend`.
         """
         if self.decoder is None:
             return self.queries[depth](encoded.state)[:, None], []
@@ -289,7 +288,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
             x = vectors.nodes[depth - 1][nodes.flatten()][:, None]  # [B * K, 1, dim]
         limits = encoded.memory[0].lengths.repeat_interleave(beams)
         view = MemoryView(torch.arange(users + 1, device=x.device) * beams, beams, limits)
-        hidden, tokens = self.decoder(x, encoded.memory, view, past)
+        hidden, tokens = self.decoder(x, encoded.memory, view, cache)
         return hidden[:, 0].unflatten(0, (users, beams)), tokens
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from data.files import write_file
+from common.files import write_file
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PLACE = "<this repository or folder>"  # in a card; an upload puts the repository's id there

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.parameters import NamedEnum
 from modules.kmeans import kmeans, squared_distances
 from modules.loss import quantize_loss
 
@@ -16,7 +17,7 @@ EMA_DECAY = 0.99
 
 
 @gin.constants_from_enum
-class QuantizeMode(Enum):
+class QuantizeMode(NamedEnum):
     """How a code is chosen in training, and how the gradient passes that choice."""
 
     STE = "ste"
@@ -117,21 +118,12 @@ class Quantize(nn.Module):
         normalize: bool = False,
     ) -> None:
         super().__init__()
-        if distance not in ("l2", "cosine"):
-            raise ValueError(f"The codebook's distance is {distance!r}; it can be 'l2' or 'cosine'.")
-        if update not in ("gradient", "ema"):
-            raise ValueError(f"The codebook's update is {update!r}; it can be 'gradient' or 'ema'.")
         if update == "ema" and (sim_vq or mode is QuantizeMode.GUMBEL_SOFTMAX):
-            raise ValueError("update = 'ema' averages the inputs of chosen codes: not with SimVQ or Gumbel-softmax.")
+            raise ValueError("RqVae.codebook_update = 'ema' goes with neither codebook_sim_vq nor Gumbel-softmax.")
         self.embedding = nn.Embedding(codebook_size, dim)
         self.out_proj = nn.Sequential(nn.Linear(dim, dim, bias=False)) if sim_vq else None
         self.mode, self.distance, self.update, self.normalize = mode, distance, update, normalize
         self.commitment_weight = commitment_weight
-        self.plain = (
-            mode in (QuantizeMode.STE, QuantizeMode.ROTATION_TRICK)
-            and (distance, update) == ("l2", "gradient")
-            and not (sim_vq or normalize)
-        )
         if update == "ema":
             self.embedding.weight.requires_grad_(False)
             self.register_buffer("ema_count", torch.ones(codebook_size))

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import gin
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
-from data.files import write_file
-from data.parameters import Rate, checked
-from data.stream import stream
+from common.files import write_file
+from common.parameters import NonNegativeInt, PositiveInt, Rate, ShareBelowOne, configurable
+from common.prefetch import stream
 from modules.card import tokenizer_card
 from modules.encoder import MLP
 from modules.legacy import is_legacy, legacy_arguments, read_checkpoint
@@ -24,7 +23,7 @@ from modules.loss import reconstruction_loss
 from modules.normalize import Standardize
 from modules.pretrained import CARD, load_pretrained, push_folder, resolve, save_pretrained
 from modules.quantize import Quantize, QuantizeMode
-from ops.jagged import has_kernel
+from ops.dispatch import has_kernel
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def _inference(model: nn.Module) -> Iterator[None]:
     model.train(training)
 
 
-@gin.configurable
+@configurable
 class RqVae(nn.Module):
     """Residual-quantized autoencoder.
 
@@ -74,7 +73,6 @@ class RqVae(nn.Module):
     the encoder does not see and the decoder restores, so that items without interactions get good codes.
     """
 
-    @checked("RqVae")
     def __init__(
         self,
         input_dim: PositiveInt,
@@ -85,17 +83,17 @@ class RqVae(nn.Module):
         n_cat_features: NonNegativeInt = 0,
         codebook_mode: QuantizeMode = QuantizeMode.ROTATION_TRICK,
         codebook_kmeans_init: bool = True,
-        codebook_distance: str = "l2",
-        codebook_update: str = "gradient",
+        codebook_distance: Literal["l2", "cosine"] = "l2",
+        codebook_update: Literal["gradient", "ema"] = "gradient",
         codebook_sim_vq: bool = False,
         codebook_normalize: bool = False,
         commitment_weight: Rate = 0.25,
         standardize: Literal["column", "global", "none"] = "global",
-        activation: str = "silu",
+        activation: Literal["relu", "silu"] = "silu",
         normalize_output: bool = False,
         separate_collisions: bool = True,
-        drop_interactions: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-        from_interactions: np.ndarray | None = None,
+        drop_interactions: ShareBelowOne = 0.0,
+        from_interactions: InstanceOf[np.ndarray] | None = None,
     ) -> None:
         super().__init__()
         if n_cat_features >= input_dim:
@@ -132,6 +130,8 @@ class RqVae(nn.Module):
             self.encoder = MLP(dims, activation, normalize=codebook_normalize)
             self.decoder = MLP(dims[::-1], activation, normalize=normalize_output)
         codebook = (codebook_distance, codebook_update, codebook_sim_vq)
+        usual = codebook_mode is QuantizeMode.ROTATION_TRICK and codebook == ("l2", "gradient", False)
+        self.plain = usual and not codebook_normalize and embed_dim <= 256  # what the kernel takes
         self.layers = nn.ModuleList(
             Quantize(embed_dim, codebook_size, codebook_mode, commitment_weight, *codebook, normalize)
             for normalize in [codebook_normalize] + [False] * (n_layers - 1)
@@ -221,8 +221,12 @@ class RqVae(nn.Module):
         """Reconstruction and quantization loss of each row, [B] float32, and the codes [B, L] int64, of features as
         `normalized` returns them."""
         latent = self.encoder(self._without_interactions(x) if self.training else x)
-        if self.training and has_kernel(latent) and self.fusible:
-            total, sem_ids, quantize_loss = self._fused(latent)
+        if self.training and self.plain and has_kernel(latent.device, latent.dtype):
+            from ops.triton.quantize import residual_quantize
+
+            books = torch.stack([layer.embedding.weight for layer in self.layers]).float()
+            beta = self.config["commitment_weight"]
+            total, sem_ids, quantize_loss = residual_quantize(latent.float().contiguous(), books, beta)
         else:
             codes = self.quantize(latent, temperature)
             total, sem_ids, quantize_loss = codes.embeddings.sum(-1), codes.sem_ids, codes.quantize_loss
@@ -233,18 +237,6 @@ class RqVae(nn.Module):
         if (share := self.config["drop_interactions"]) == 0:
             return x
         return x.masked_fill((torch.rand(len(x), 1, device=x.device) < share) & self.from_interactions, 0.0)
-
-    @property
-    def fusible(self) -> bool:
-        """Whether the levels are plain enough for one kernel: nearest code by distance, learned by gradients."""
-        return self.config["embed_dim"] <= 256 and all(layer.plain for layer in self.layers)
-
-    def _fused(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from ops.triton.quantize import residual_quantize
-
-        books = torch.stack([layer.embedding.weight for layer in self.layers]).float()
-        rotate = self.layers[0].mode is QuantizeMode.ROTATION_TRICK
-        return residual_quantize(latent.float().contiguous(), books, self.config["commitment_weight"], rotate)
 
     @torch.no_grad()
     def codes(self, x: Tensor, batch_size: int = 8192) -> Tensor:

@@ -1,12 +1,13 @@
 """SASRec (Kang and McAuley 2018), the baseline of sequential recommendation, without padding."""
 
-import gin
 import torch
 from torch import Tensor, nn
 
-from data.schemas import SeqBatch
+from common.parameters import PositiveInt, ShareBelowOne, configurable
+from common.schemas import SeqBatch
+from ops.attention import jagged_attention
 from ops.cross_entropy import linear_cross_entropy
-from ops.jagged import JaggedTensor, jagged_attention, row_indices
+from ops.jagged import JaggedTensor, row_indices
 from ops.sums import take_rows
 
 
@@ -30,7 +31,7 @@ class Block(nn.Module):
         return x.with_values(hidden + self.dropout(self.ff(self.ff_norm(hidden))))
 
 
-@gin.configurable
+@configurable
 class SasRec(nn.Module):
     """A causal transformer over item vectors, which score the next item as well: score = state . vectors[item].
 
@@ -43,7 +44,13 @@ class SasRec(nn.Module):
     """
 
     def __init__(
-        self, n_items: int, max_items: int, dim: int = 256, n_layers: int = 2, n_heads: int = 2, dropout: float = 0.5
+        self,
+        n_items: PositiveInt,
+        max_items: PositiveInt,
+        dim: PositiveInt = 256,
+        n_layers: PositiveInt = 2,
+        n_heads: PositiveInt = 2,
+        dropout: ShareBelowOne = 0.5,
     ) -> None:
         super().__init__()
         if dim % n_heads:
@@ -73,6 +80,6 @@ class SasRec(nn.Module):
 
     def forward(self, batch: SeqBatch) -> Tensor:
         """Mean over the targets of -log p(item), in nats: []. Every item of the histories has a target."""
-        targets, weights = batch.targets.values, batch.target_weights
-        weights = torch.ones(len(targets), device=targets.device) if weights is None else weights
-        return linear_cross_entropy(self.states(batch.history), self.vectors, targets, weights) / weights.sum()
+        weights = batch.weights
+        states = self.states(batch.history)
+        return linear_cross_entropy(states, self.vectors, batch.targets.values, weights) / weights.sum()

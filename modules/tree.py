@@ -1,12 +1,12 @@
 """The catalogue as a prefix tree over semantic IDs, laid out so that training and search are ranges and gathers."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from modules.tokenizer.semids import lexicographic_order
 from ops.jagged import lengths_to_offsets
 
 
@@ -113,3 +113,21 @@ class Tree:
         offsets = self.first_leaf[depth].long()
         ordered = values[self.leaf_items.long()].to(torch.promote_types(values.dtype, torch.float32))
         return torch.segment_reduce(ordered, "mean", offsets=offsets)
+
+
+def lexicographic_order(codes: Tensor) -> Tensor:
+    """Row numbers in the order of the rows, equal rows in their own order: one stable sort if a row fits in 63 bits,
+    else one a level.
+
+    Shape: codes [N, L] non-negative integers -> [N] int64.
+    """
+    sizes = (codes.amax(0) + 1).tolist() if len(codes) else []
+    if math.prod(sizes) < 2**63:
+        key = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
+        for level, size in enumerate(sizes):
+            key = key * size + codes[:, level]
+        return key.argsort(stable=True)
+    order = torch.arange(len(codes), device=codes.device)
+    for level in reversed(range(codes.shape[1])):  # from the last key to the first
+        order = order[codes[order, level].argsort(stable=True)]
+    return order

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ops.jagged import has_kernel, lengths_to_offsets, row_indices
+from ops.dispatch import has_kernel
+from ops.jagged import lengths_to_offsets, row_indices
 
 CHUNK = 2**26  # logits that exist at a time
 CPU_CHUNK = 2**21  # there: caches hold them, which takes half of the time
@@ -126,9 +127,9 @@ def _losses(logits: Tensor, N: int, targets: Tensor, smoothing: float, seen: See
     """[2, P], in float32 or wider: losses of logits [P, N'], of which the first N columns count, and the gradient of
     each of the bias. The logits are overwritten, where gradients are wanted by their gradient, which is 0 in the other
     columns."""
-    if not has_kernel(logits):
+    if not has_kernel(logits.device, logits.dtype):
         return reference_losses(logits, N, targets, smoothing, seen)
-    from ops.triton.linear_cross_entropy import cross_entropy_
+    from ops.triton.cross_entropy import cross_entropy_
 
     ranges = (seen.first, seen.last, seen.items, seen.bias) if seen is not None else (None,) * 4
     return cross_entropy_(logits, N, targets, smoothing, *ranges, gradients)

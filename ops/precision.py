@@ -1,9 +1,10 @@
-"""How exact matrix products in float32 are."""
+"""How exact matrix products in float32 are, and the dtype of the residual stream."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -16,3 +17,11 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def stream_dtype(tensor: Tensor) -> torch.dtype:
+    """What the residual stream starts in: bfloat16 where that is autocast's, else the dtype of the tensor; float16
+    lacks the range for a sum over layers."""
+    kind = tensor.device.type
+    half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    return torch.bfloat16 if half else tensor.dtype

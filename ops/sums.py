@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ops.jagged import has_kernel
-from ops.residual import stream_dtype
+from ops.dispatch import has_kernel
+from ops.precision import stream_dtype
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def sum_rows(table: Tensor, sums: RowSums) -> Tensor:
     Its gradient, dtable[r] = sum of g[m] over the pairs (m, j) with rows[m, j] = r, is added in float32 or wider, in a
     fixed order; rows of no pair get zeros.
 
-    Shape: table [R, d] -> [M, d], in `ops.residual.stream_dtype` of the table.
+    Shape: table [R, d] -> [M, d], in `ops.precision.stream_dtype` of the table.
     """
     return _sum(table, sums.rows, sums.keys, sums.order, stream_dtype(table))
 
@@ -56,7 +56,7 @@ def take_sums(table: Tensor, rows: Tensor) -> Tensor:
 
 
 def _sum(table: Tensor, rows: Tensor, keys: Tensor | None, order: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if not has_kernel(table):
+    if not has_kernel(table.device, table.dtype):
         return reference_sum_rows(table, rows, dtype)
     from ops.triton.sums import sum_rows as kernel
 

@@ -11,7 +11,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from ops.jagged import has_kernel, lengths_to_offsets
+from ops.dispatch import has_kernel
+from ops.jagged import lengths_to_offsets
 
 
 def tree_cross_entropy(
@@ -30,7 +31,7 @@ def tree_cross_entropy(
     number of children of a node. order: [P] int64, the targets in ascending order of their parents; None: found here.
     """
     query, vectors = _cast(query, vectors)
-    if has_kernel(query):
+    if has_kernel(query.device, query.dtype):
         from ops.triton.tree import tree_cross_entropy as kernel
 
         order = parents.argsort(stable=True) if order is None else order
@@ -52,7 +53,7 @@ def child_log_probs(query: Tensor, vectors: Tensor, first_child: Tensor, nodes: 
     fewer children. fanout: host integer, the largest number of children of a node.
     """
     query, vectors = _cast(query, vectors)
-    if has_kernel(query):
+    if has_kernel(query.device, query.dtype):
         from ops.triton.tree_search import child_logits
 
         return child_logits(query, vectors, first_child, nodes, fanout).log_softmax(-1)
@@ -77,7 +78,7 @@ def best_children(
     """
     if not 1 <= count <= nodes.shape[1] * fanout:
         raise ValueError(f"best_children with count = {count} takes 1 to {nodes.shape[1]} x {fanout}, nodes x fanout.")
-    if has_kernel(query):
+    if has_kernel(query.device, query.dtype):
         from ops.triton import tree_search
 
         if tree_search.chooses(nodes.shape[1], fanout, count):

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 import recommend
+from data.batches import SequenceSource
 from data.corpus import Corpus
 from data.splits import draw_splits, in_training
-from data.utils import SequenceSource
 from modules.model import EncoderDecoderRetrievalModel
-from modules.pipeline import Pipeline
-from modules.recommender import Recommender
+from modules.serving.pipeline import Pipeline
+from modules.serving.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds, load_item_features
 from modules.tokenizer.tokenizer import Tokenizer
 from modules.tree import Tree
@@ -42,7 +42,7 @@ def pipeline(trained, corpus, tmp_path_factory):
     ids = SemanticIds.load(trained / "out" / "rqvae")
     features = load_item_features(trained / "out" / "rqvae", None, ids)
     tree = Tree.build(ids.codes, ids.level_sizes)
-    model = trained / "out" / "decoder" / "model"
+    model = trained / "out" / "decoder" / "pipeline"
     model = EncoderDecoderRetrievalModel.from_pretrained(model, tree, torch.from_numpy(features))
     splits = draw_splits("leave-one-out", corpus.interactions)
     items = corpus.interactions.items[in_training(splits.interactions, splits.train_lengths)]

@@ -8,7 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from data.utils import Shuffler
+from data.shuffle import Shuffler
 from tests.pipeline import REPOSITORY, lines, write_raw
 from training.checkpoint import Checkpoints
 
@@ -55,7 +55,7 @@ def test_only_the_main_process_writes(folder):
 def test_a_signal_to_one_process_stops_both_and_they_go_on_from_the_main_ones_disk(folder):
     stopped, straight = folder / "stopped" / "0" / "run", folder / "decoder_two" / "0" / "run"
     assert lines(stopped / "metrics.jsonl") == lines(straight / "metrics.jsonl")
-    one, two = (load_file(root / "model" / "model.safetensors") for root in (stopped, straight))
+    one, two = (load_file(root / "pipeline" / "model.safetensors") for root in (stopped, straight))
     assert all(one[name].equal(two[name]) for name in one)
     assert list((folder / "stopped" / "1").iterdir()) == []
 
@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both_and_reaches_no_chec
     message = (folder / "stderr").read_text()
     index, _ = Shuffler(400, 30, seed=0).draw(6)
     samples = " ".join(map(str, index[:10].tolist()))
-    expected = f"not finite in step 7. Its batch has the 30 training samples {samples} ... (data.utils: "
+    expected = f"not finite in step 7. Its batch has the 30 training samples {samples} ... (data.shuffle: "
     assert message.count(expected + "Shuffler(400, 30, 0).draw(6)). The last checkpoint is run/") == 2
     newest = Checkpoints(folder / "not_finite" / "0" / "run" / "checkpoints").newest()
     assert newest.name == "step_00000004"

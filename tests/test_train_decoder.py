@@ -8,11 +8,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_decoder
+from data.batches import SequenceSource
 from data.processed import RecDataset
-from data.utils import SequenceSource
 from modules.model import EncoderDecoderRetrievalModel
-from modules.pipeline import Pipeline
-from modules.recommender import Recommender
+from modules.serving.pipeline import Pipeline
+from modules.serving.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds, load_item_features
 from modules.tree import Tree
 from tests.pipeline import N_ITEMS, THINGS, TIGER, launch, lines, run, write_raw
@@ -40,17 +40,16 @@ def test_the_run_folder_keeps_the_contract(trained):
         "held_out.jsonl",
         "checkpoints",
         "plots",
-        "model",
         "pipeline",
     }
     best = (root / "checkpoints" / "BEST").read_text().strip()
-    model = load_file(root / "model" / "model.safetensors")
+    model = load_file(root / "pipeline" / "model.safetensors")
     saved = load_file(root / "checkpoints" / best / "model.safetensors")
     assert all(torch.equal(model[name], saved[name]) for name in model)
     ids = SemanticIds.load(trained / "out" / "rqvae")
     features = torch.from_numpy(load_item_features(trained / "out" / "rqvae", None, ids))
     loaded = EncoderDecoderRetrievalModel.from_pretrained(
-        root / "model", Tree.build(ids.codes, ids.level_sizes), features
+        root / "pipeline", Tree.build(ids.codes, ids.level_sizes), features
     )
     metrics = json.loads((root / "metrics.json").read_text())
     assert float(loaded.item_share) == pytest.approx(metrics["valid/item_share"])
@@ -107,12 +106,16 @@ def test_what_cannot_be_is_refused_before_training(trained, tmp_path):
         run(trained, "decoder", "train.sasrec_baseline = True", "train.every_position = False", folder)
 
 
-def test_training_ends_when_validation_no_longer_improves(trained, tmp_path):
+def test_training_ends_when_validation_no_longer_improves_and_does_not_go_on(trained, tmp_path, monkeypatch):
     extra = ("train.full_eval_every = 50", "train.patience = 2", "train.iterations = 2000")
+    extra += ("train.save_model_every = 0",)
     metrics = run(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}/run"')
     log = lines(tmp_path / "run" / "metrics.jsonl")
     assert max(row["step"] for row in log) == metrics["valid/step"] + 100 < 2000
     assert metrics["valid/ndcg@10"] == max(row["ndcg@10"] for row in log if "ndcg@10" in row)
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)  # a run that has ended makes no more steps
+    assert run(trained, "decoder", *extra, f'train.save_dir_root = "{tmp_path}/run"') == metrics
+    assert lines(tmp_path / "run" / "metrics.jsonl") == log
 
 
 def test_sasrec_is_trained_beside_it(trained, tmp_path):

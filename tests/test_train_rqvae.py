@@ -4,13 +4,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
 
 from data.processed import RecDataset, load_corpus
+from data.shuffle import Shuffler, derive_seed
 from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae
 from modules.tokenizer.catalogue import catalogue_codes
 from modules.tokenizer.semids import SemanticIds, load_item_features
 from tests.pipeline import THINGS, launch, lines, run, write_raw
+from training.schedule import warmup_cosine
 
 
 def test_the_run_folder_keeps_the_contract(trained):
@@ -53,6 +57,41 @@ def test_semantic_ids_are_the_models_codes_and_unique(trained):
     corpus = load_corpus(RecDataset.AMAZON, str(trained), "beauty")
     assert semantic_ids.item_keys == corpus.item_keys
     semantic_ids.check_corpus(corpus.name, corpus.hash)
+
+
+@pytest.mark.parametrize(
+    ("micro_steps", "options"),
+    [(1, []), (3, []), (1, ['RqVae.codebook_mode = "ste"', 'RqVae.codebook_update = "ema"'])],
+)
+def test_the_weights_are_those_of_a_loop_written_out(trained, tmp_path, micro_steps, options):
+    gpu = torch.cuda.is_available()
+    device, tolerance = ("cuda", 1e-2) if gpu else ("cpu", 1e-4)  # there matrix products are in TF32
+    options = [*options, f"train.gradient_accumulate_every = {micro_steps}", f"train.batch_size = {15 // micro_steps}"]
+    options += ["train.iterations = 12", "train.refit_every = 5", "train.max_gradient_norm = 0.5"]
+    run(trained, "rqvae", *options, "train.warmup_steps = 4", f'train.save_dir_root = "{tmp_path}"')
+    (path,) = (trained / "features" / "amazon_beauty").glob("tfidf-svd-dim-8-*.npy")
+    x = torch.from_numpy(np.load(path)).to(device)
+    config = json.loads((tmp_path / "tokenizer" / "config.json").read_text())
+    set_seed(0)
+    model = RqVae(**config).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    rows = torch.randperm(len(x), generator=generator, device=device)
+    model.initialize(x[rows], generator)
+    optimizer, shuffler, clipped = torch.optim.AdamW(model.parameters(), weight_decay=0.01), Shuffler(30, 15, 0), []
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = 1e-3 * warmup_cosine(step, 4, 12)
+        model(x[shuffler.draw(step)[0].to(device)]).loss.backward()
+        clipped.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)) > 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in (5, 10, 12):
+            model.fit_codebooks(x[rows], torch.Generator(device).manual_seed(derive_seed(0, "refit", step)))
+            for parameter in model.layers.parameters():
+                for moment in optimizer.state.get(parameter, {}).values():
+                    moment.zero_()
+    assert any(clipped)
+    weights = load_file(tmp_path / "checkpoints" / "step_00000012" / "model.safetensors")
+    torch.testing.assert_close(dict(model.state_dict()), weights, rtol=tolerance, atol=tolerance, check_device=False)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from modules.recommender import Recommender
 from modules.rqvae import RqVae
+from modules.serving.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds
 
 RELEASED = Path(__file__).parents[1] / "trained_models"

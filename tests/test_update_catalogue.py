@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 import update_catalogue
-from modules.recommender import Recommender
+from modules.serving.recommender import Recommender
 from tests.pipeline import N_ITEMS
 
 

@@ -1,22 +1,24 @@
 """Ranks of what a retriever is compared with: two trivial baselines, and SASRec, which is trained here."""
 
-import gin
+from typing import Literal
+
 import torch
 from accelerate import Accelerator
+from pydantic import InstanceOf
 from torch import Tensor
 
+from common.parameters import NonNegativeInt, PositiveInt, Rate, Seed, configurable
+from common.schemas import SeqBatch
 from data.baselines import MostPopular, Transition
-from data.schemas import SeqBatch
-from data.utils import SequenceSource, Shuffler, derive_seed, filled_size, filler_rows, seed_noise
+from data.batches import SequenceSource, bucket_size, padding_rows
+from data.shuffle import Shuffler, derive_seed, seed_noise
 from modules.sasrec import SasRec
-from ops.jagged import runs_kernels
+from ops.dispatch import has_kernel
 from training import report
 from training.flat import FlatParameters
-from training.metrics import exact_ranks, ranking_metrics, ranks_among_new
+from training.metrics import CHOSEN, CHOSEN_K, PROTOCOLS, exact_ranks, ranking_metrics, ranks_among_new
 from training.replay import Replay
 from training.schedule import due, warmup_cosine
-
-K = 10  # of the validation ndcg that chooses SASRec's weights
 
 
 def baseline_ranks(source: SequenceSource, train_lengths: Tensor, n_items: int) -> dict[str, dict[str, Tensor]]:
@@ -61,23 +63,23 @@ def sasrec_ranks(model: SasRec, source: SequenceSource, accelerator: Accelerator
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """Joins what batches have under "all" and "new"."""
-    return {name: torch.cat(ranks).cpu() for name, ranks in zip(("all", "new"), zip(*parts, strict=True), strict=True)}
+    return {name: torch.cat(ranks).cpu() for name, ranks in zip(PROTOCOLS, zip(*parts, strict=True), strict=True)}
 
 
-@gin.configurable
+@configurable
 def train_sasrec(
-    source: SequenceSource,
-    valid: SequenceSource,
-    n_items: int,
-    protocol: str,
-    accelerator: Accelerator,
-    seed: int,
-    iterations: int = 4000,
-    batch_size: int = 256,
-    learning_rate: float = 1e-3,
-    warmup_steps: int = 100,
-    eval_every: int = 250,
-    patience: int = 16,
+    source: InstanceOf[SequenceSource],
+    valid: InstanceOf[SequenceSource],
+    n_items: PositiveInt,
+    protocol: Literal["all", "new"],
+    accelerator: InstanceOf[Accelerator],
+    seed: Seed,
+    iterations: PositiveInt = 4000,
+    batch_size: PositiveInt = 256,
+    learning_rate: Rate = 1e-3,
+    warmup_steps: NonNegativeInt = 100,
+    eval_every: PositiveInt = 250,
+    patience: PositiveInt = 16,
 ) -> SasRec:
     """Trains a SASRec and returns it with the weights of the best validation ndcg@10.
 
@@ -85,40 +87,40 @@ def train_sasrec(
     or "new". patience: validations without a new best after which training ends. The processes of a launch all
     do the same, without waiting for each other.
     """
-    device, recorded = accelerator.device, runs_kernels(accelerator.device)
+    device, recorded = accelerator.device, has_kernel(accelerator.device)
     torch.manual_seed(derive_seed(seed, "sasrec"))
     model = SasRec(n_items, source.max_items).to(device)
     parameters = FlatParameters(model.parameters())
-    optimizer = torch.optim.AdamW([parameters.whole], learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW([parameters.flat], learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=accelerator.scaler is not None)
     shuffler = Shuffler(len(source), batch_size, seed, source.samples.user)
-    fillers = filler_rows(shuffler.batch_size) if recorded else 0
+    padding = padding_rows(shuffler.batch_size) if recorded else 0
 
     def passes(size: int, index: Tensor, uniform: Tensor) -> Tensor:
         with accelerator.autocast():  # here, so that a recording holds its own casts of the weights
-            loss = model(source.device_batch(index, uniform, size, fillers))
+            loss = model(source.batch(index, uniform, size, padding))
         scaler.scale(loss).backward()
-        parameters.gather()
+        parameters.collect_grads()
         return loss.detach()
 
-    replay = Replay(passes, [parameters.whole], device, recorded)
-    weights, best, best_step = parameters.whole.detach().clone(), -1.0, 0
+    replay = Replay(passes, [parameters.flat], device, recorded)
+    weights, best, best_step = parameters.flat.detach().clone(), -1.0, 0
     bar = report.progress(iterations, 0, accelerator.is_main_process)
     for step in range(iterations):
         seed_noise(derive_seed(seed, "sasrec dropout", step), device)
         optimizer.param_groups[0]["lr"] = learning_rate * warmup_cosine(step, warmup_steps, iterations)
         index, uniform = shuffler.draw(step)
-        replay(filled_size(source.n_items(index, uniform), fillers, source.max_items), index, uniform)
+        replay(bucket_size(source.n_items(index, uniform), padding, source.max_items), index, uniform)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         bar.update()
         if due(step + 1, eval_every, iterations):
-            ndcg = ranking_metrics(sasrec_ranks(model, valid, accelerator)[protocol], (K,))[f"ndcg@{K}"]
+            ndcg = ranking_metrics(sasrec_ranks(model, valid, accelerator)[protocol], (CHOSEN_K,))[CHOSEN]
             if ndcg > best:
-                weights, best, best_step = parameters.whole.detach().clone(), ndcg, step
+                weights, best, best_step = parameters.flat.detach().clone(), ndcg, step
             if step - best_step >= patience * eval_every:
                 break
     bar.close()
-    parameters.whole.detach().copy_(weights)
+    parameters.flat.detach().copy_(weights)
     return model

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from data.files import write_file
+from common.files import flush, folder_aside, write_file
 from modules.pretrained import to_cpu
 from training.report import warn
 
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 
 
-class Content(NamedTuple):
+class CheckpointData(NamedTuple):
     """What a checkpoint holds. moments: the optimizer's state, "<number of the parameter>.<name>" to tensor."""
 
     weights: dict[str, Tensor]
@@ -59,15 +59,11 @@ class Checkpoints:
 
         self._clear()
         path = self._path(step)
-        aside = path.with_name(f".{path.name}")
-        for name, content in {**contents, SUMS: "".join(sums).encode()}.items():
-            write_file(aside / name, content)
-        _flush(aside)
-        if path.exists():  # of steps that are done again, because it was damaged
-            self._remove(path)
-        os.rename(aside, path)
+        with folder_aside(path) as part:  # in place of one of the step, if that was damaged
+            for name, content in {**contents, SUMS: "".join(sums).encode()}.items():
+                write_file(part / name, content)
         self.mark(path, best_step)
-        _flush(self.folder)
+        flush(self.folder)
         self._remove_old(step)
 
     def mark(self, last: Path, best_step: int | None) -> None:
@@ -102,7 +98,7 @@ class Checkpoints:
             raise ValueError("No checkpoint is whole; delete the folder to start anew:\n  " + "\n  ".join(problems))
         return None
 
-    def resume(self, path: Path) -> Content:
+    def resume(self, path: Path) -> CheckpointData:
         """Reads a checkpoint to go on from, and makes LAST and BEST those of its time.
 
         A best checkpoint that is damaged or gone is forgotten, with a warning: best_step None, best {}.
@@ -166,9 +162,9 @@ def damage(path: Path) -> str | None:
     return None if written == b"".join(sums) else f"Checkpoint {path} is damaged ({SUMS} is cut off or changed)"
 
 
-def load(path: Path) -> Content:
+def load(path: Path) -> CheckpointData:
     """Reads a checkpoint, onto the CPU."""
-    return Content(load_file(path / MODEL), load_file(path / OPTIMIZER), json.loads((path / STATE).read_text()))
+    return CheckpointData(load_file(path / MODEL), load_file(path / OPTIMIZER), json.loads((path / STATE).read_text()))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -176,7 +172,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return load_file(path / MODEL)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, content: Content) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, content: CheckpointData) -> None:
     """Puts the optimizer's state into the optimizer. ValueError where it is of other parameters."""
     written, present = (
         [len(group["params"]) for group in groups] for groups in (content.state["param_groups"], optimizer.param_groups)
@@ -212,12 +208,3 @@ def _best_step(path: Path) -> int | None:
         return json.loads((path / STATE).read_text())["best_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _flush(folder: Path) -> None:
-    """Makes the names in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

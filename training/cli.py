@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import gin
-
+from common.parameters import bind
 from training.signals import Stopped
 
 
@@ -18,6 +17,7 @@ def run(train: Callable[[], object], description: str) -> None:
     Bad input ends with one message and exit status 1 (--traceback shows all), a run that SIGTERM or SIGINT stopped
     with 143 or 130.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on
     parser = argparse.ArgumentParser(
         description=description,
         epilog='Example: %(prog)s configs/decoder_sample.gin --gin "train.iterations=100" --gin "train.seed=1"',
@@ -32,7 +32,7 @@ def run(train: Callable[[], object], description: str) -> None:
     if not Path(arguments.config).is_file():
         sys.exit(f"error: there is no config file {arguments.config}")
     try:
-        gin.parse_config_files_and_bindings([arguments.config], arguments.gin)
+        bind(arguments.config, arguments.gin)
         train()
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -40,13 +40,16 @@ def run(train: Callable[[], object], description: str) -> None:
         sys.exit(stopped.status)
     except KeyboardInterrupt:  # before or after training, where there is nothing to save
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, SyntaxError, FloatingPointError, RuntimeError) as error:
-        is_input = not isinstance(error, RuntimeError) or str(error).startswith("Required bindings")
-        if arguments.traceback or not is_input:
+    except Exception as error:
+        if arguments.traceback:
             raise
         sys.exit(f"error: {_message(error)}")
 
 
 def _message(error: Exception) -> str:
-    """Without the lines that gin adds."""
-    return str(error).split("\n  In call to configurable")[0]
+    """Without the lines that gin adds; of what is no input error the kind and the first line."""
+    message = str(error).split("\n  In call to configurable")[0]
+    known = isinstance(error, (ValueError, OSError, FloatingPointError, Stopped))
+    if known or message.startswith("Required bindings"):
+        return message
+    return f"{type(error).__name__}: {message.partition(chr(10))[0]} (--traceback shows where)"

@@ -1,7 +1,7 @@
-"""Several processes: how they start, what the main process sends to the others, and the sum of their gradients."""
+"""Several processes: how they start, what the main process sends to the others, and the update of the weights."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import Timer
@@ -18,7 +18,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from training.checkpoint import Content
+from training.checkpoint import CheckpointData
 from training.report import warn
 
 PROCESS_TIMEOUT = timedelta(hours=2)  # how long processes wait for one that prepares the data, or writes to a slow disk
@@ -28,9 +28,7 @@ RANKS = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
 LOCAL_SIZES = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"]
 
 
-def start(
-    amp: bool = False, mixed_precision_type: str = "no", gradient_accumulate_every: int = 1, cpu: bool = False
-) -> Accelerator:
+def start(amp: bool = False, mixed_precision_type: str = "no", cpu: bool = False) -> Accelerator:
     """Joins the processes of the launch, whatever started them: each on a CUDA GPU of its own, or all on the CPU.
 
     mixed_precision_type: "fp16", "bf16", if amp. cpu: even where there is a GPU. Raises ValueError or ConnectionError
@@ -46,7 +44,6 @@ def start(
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=mixed_precision_type if amp else "no",
-            gradient_accumulation_steps=gradient_accumulate_every,
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         )
@@ -86,16 +83,6 @@ def end(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-@contextmanager
-def in_turn(accelerator: Accelerator) -> Iterator[None]:
-    """The main process first, then one process of each other node, then all: each finds the caches of those before.
-
-    So data is prepared once where the nodes share a disk, and once a node where they don't.
-    """
-    with accelerator.main_process_first(), accelerator.local_main_process_first():
-        yield
-
-
 def from_main(value: Any) -> Any:
     """The main process's value, on every process. It is small: it is pickled on its way."""
     return broadcast_object_list([value])[0]
@@ -113,13 +100,13 @@ def tensors_from_main(tensors: dict[str, Tensor] | None, accelerator: Accelerato
     return result
 
 
-def content_from_main(content: Content | None, accelerator: Accelerator) -> Content | None:
+def checkpoint_from_main(content: CheckpointData | None, accelerator: Accelerator) -> CheckpointData | None:
     """The checkpoint the main process has read, on every process; None where it has none."""
     state = from_main(None if content is None else content.state)
     if state is None:
         return None
     weights = tensors_from_main(content and content.weights, accelerator)
-    return Content(weights, tensors_from_main(content and content.moments, accelerator), state)
+    return CheckpointData(weights, tensors_from_main(content and content.moments, accelerator), state)
 
 
 def weights_from_main(model: nn.Module) -> None:
@@ -128,15 +115,25 @@ def weights_from_main(model: nn.Module) -> None:
         broadcast(tensor)
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Sums the gradients over all processes, in place, by one all-reduce, to the same bits on each.
+def update(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float, accelerator: Accelerator
+) -> Tensor:
+    """Sums the gradients over all processes, clips them, makes the optimizer's step, and clears them.
 
-    In place of hooks in the backward pass, so that each process can replay its passes as a recording of its own.
+    Returns the norm before clipping, []. In fp16 a step whose gradient is not finite is left out.
     """
-    if accelerator.num_processes == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    joined = torch.cat([gradient.flatten() for gradient in gradients])
-    torch.distributed.all_reduce(joined)
-    parts = joined.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+    scaler = accelerator.scaler
+    if accelerator.num_processes > 1:  # not by hooks in the backward pass, so that each process can replay its own
+        for p in parameters:
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if scaler is None:  # accelerate's own optimizer looks for packages in each step, which takes longer than a step
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad()
+    return norm

@@ -4,22 +4,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from data.schemas import RankedItems, SeqBatch
-from data.utils import SequenceSource, first_occurrences
+from common.schemas import RankedItems, SeqBatch
+from data.batches import SequenceSource, first_occurrences
 from modules.generation.beam_search import Candidates, beam_search, whole_catalogue
 from modules.model import EncoderDecoderRetrievalModel, Vectors
+from modules.serving.recommender import MAX_EXACT
 from ops.jagged import JaggedTensor
-from training.metrics import exact_ranks
+from training.metrics import CHOSEN, PROTOCOLS, exact_ranks, ranking_metrics
 from training.replay import Replay
 
-PROTOCOLS = ("all", "new")  # which items are ranked: all, or those that the user has not consumed
+MAX_SCORES = 2**27  # of a batch, where beams are compared with the exact ranking
 SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)  # of the item head in the score, among which validation chooses
 
 
 class Evaluation:
     """Loss and ranks of a retriever over whole splits.
 
-    exact: scores the whole catalogue; otherwise `beams` candidates are generated and ranked by both heads.
+    exact: scores the whole catalogue; otherwise `beams` candidates are generated and ranked by both heads. ValueError
+    where the model can't do that.
     recorded: on a GPU, batches are filled up so that few shapes occur, and the passes over each shape are replayed as
     one CUDA graph. Recordings serve all splits, live as long as this object, and read the weights as they are then.
     """
@@ -33,6 +35,10 @@ class Evaluation:
         accelerator: Accelerator,
         recorded: bool,
     ) -> None:
+        if exact and model.decoder is not None:
+            raise ValueError("train.exact = True ranks models with decoder_layers = 0: set train.exact = False.")
+        if not exact and "tree" not in model.heads:
+            raise ValueError("train.exact = False searches the tree, which a model with tree_loss = 0 has no head for.")
         self.model, self.beams, self.exact, self.batch_size = model, beams, exact, batch_size
         self.shares = {("tree",): SHARES[:1], ("items",): SHARES[-1:]}.get(model.heads, SHARES)
         self._accelerator, self._vectors = accelerator, None
@@ -45,8 +51,7 @@ class Evaluation:
         self._prepare()
         total = torch.zeros(2, dtype=torch.float64, device=self._accelerator.device)
         for _, batch in self._batches(source):
-            weights = _weights(batch)
-            inputs = *_flat(batch.history), batch.targets.values, weights, *_flat(batch.consumed)
+            inputs = *_flat(batch.history), batch.targets.values, batch.weights, *_flat(batch.consumed)
             total += self._loss(batch.history.max_length, *inputs)
         self.model.train()
         loss, count = self._accelerator.reduce(total, "sum").tolist()
@@ -74,6 +79,26 @@ class Evaluation:
         return {
             name: dict(zip(PROTOCOLS, ranks[self.shares.index(share)], strict=True)) for name, share in shares.items()
         }
+
+    def other_way(self, source: SequenceSource) -> dict[str, dict[str, Tensor]]:
+        """The last of `rows` found by beams, if that is exact, or else exactly; {} where it can't be."""
+        n_items = self.model.tree.n_items
+        if "tree" not in self.model.heads or self.model.decoder is not None or n_items > MAX_EXACT:
+            return {}
+        size = max(1, min(self.batch_size, MAX_SCORES // n_items))
+        other = Evaluation(self.model, self.beams, not self.exact, size, self._accelerator, self._recorded)
+        return {"beams" if self.exact else "exact": list(other.rows(source).values())[-1]}
+
+    def validate(
+        self, source: SequenceSource, protocol: str, ks: tuple[int, ...]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Gives the model the item head's share that ranks best; metrics with it, and CHOSEN of each head alone."""
+        ranks = self.ranks(source)[:, list(PROTOCOLS).index(protocol)]
+        by_share = [ranking_metrics(own, ks) for own in ranks]
+        n = max(range(len(by_share)), key=lambda n: by_share[n][CHOSEN])
+        self.model.item_share.fill_(self.shares[n])
+        heads = {f"{head}/{CHOSEN}": by_share[-i][CHOSEN] for i, head in enumerate(self.model.heads)}
+        return {"item_share": self.shares[n], **by_share[n]}, heads
 
     def lists(self, source: SequenceSource, k: int, new: bool) -> Tensor:
         """The k best items of each sample by both heads: [S, k] int64, on the CPU, -1 where there are fewer."""
@@ -154,12 +179,6 @@ def candidate_ranks(found: Candidates, share: float, targets: Tensor, missing: i
     scores, hit = found.scores(share), found.items == targets[:, None]
     own = scores.masked_fill(~hit, float("-inf")).amax(1, keepdim=True)
     return torch.where(hit.any(1), (scores >= own).sum(1) - 1, missing)
-
-
-def _weights(batch: SeqBatch) -> Tensor:
-    """What each user's target counts: [B] float32."""
-    weights = batch.target_weights
-    return torch.ones(len(batch.user), device=batch.user.device) if weights is None else weights
 
 
 def _flat(rows: JaggedTensor) -> tuple[Tensor, Tensor]:

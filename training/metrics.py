@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
-from data.files import write_file
+from common.files import write_file
+from data.batches import SequenceSource
 from data.splits import in_training
-from data.utils import SequenceSource
-from modules.tokenizer.separate import number_groups
+from modules.tokenizer.collisions import number_groups
 from ops.jagged import JaggedTensor, row_indices
 
-GROUP_K = 10  # of the figures by groups of users
+PROTOCOLS = {"all": "all items", "new": "items not yet consumed"}  # which items are ranked
+CHOSEN_K = 10  # of the figures by groups of users, and of
+CHOSEN = f"ndcg@{CHOSEN_K}"  # which chooses checkpoints by validation
 DRAWS = 10**7  # numbers that the bootstrap draws at a time
 
 
@@ -128,7 +130,7 @@ def all_figures(
     ranks: [S] int64 of each row of the table and each protocol, as {"most_popular": {"all": .., "new": ..}, ..}; that
     row tells which targets were consumed. groups: of `task_groups`.
     Keys: "users", "unseen_targets" and "consumed_targets" (how many), "<row>/<protocol>/<metric>" with those of
-    `ranking_metrics`, "<row>/<protocol>/<kind>/<group>/<metric>" with those of `breakdown` at GROUP_K.
+    `ranking_metrics`, "<row>/<protocol>/<kind>/<group>/<metric>" with those of `breakdown` at CHOSEN_K.
     """
     consumed = ranks["most_popular"]["new"] >= n_items
     unseen = groups["target_in_training"]["0"]
@@ -137,7 +139,7 @@ def all_figures(
         for protocol, own in protocols.items():
             figures = ranking_metrics(own, ks)
             for kind, members in groups.items():
-                for group, values in breakdown(own, members, GROUP_K).items():
+                for group, values in breakdown(own, members, CHOSEN_K).items():
                     figures |= {f"{kind}/{group}/{name}": value for name, value in values.items()}
             result |= {f"{row}/{protocol}/{name}": value for name, value in figures.items()}
     return result

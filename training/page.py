@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from data.files import write_file
-from modules.inspection import MAX_RANKED, Calibration, Code, HeldOut, dashed
-from modules.pipeline import Pipeline
+from common.files import write_file
+from modules.serving.inspection import MAX_RANKED, Calibration, Code, HeldOut, dashed
+from modules.serving.pipeline import Pipeline
 from training.plots import retriever_panels
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ td.number { text-align: right; font-variant-numeric: tabular-nums } .hit { font-
 def write_page(
     path: Path, title: str, pipeline: Pipeline, meanings: dict[int, Code], run: Path | None, held_out: HeldOut | None
 ) -> None:
-    """meanings: see `modules.inspection.first_codes`. run: the folder with metrics.jsonl. held_out: for sample
+    """meanings: see `modules.serving.inspection.first_codes`. run: the folder with metrics.jsonl. held_out: for sample
     histories and calibration. What is None is left out."""
     from plotly.offline import get_plotlyjs
 

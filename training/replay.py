@@ -42,7 +42,7 @@ class Recording:
 class Replay:
     """Calls a function that adds to the gradients of parameters, and returns a tensor that the next call overwrites.
 
-    parameters: those whose gradients it leaves changed.
+    parameters: those whose gradients it leaves changed. state: other tensors that it changes, as moving averages.
     function(size, *inputs): all else that varies from call to call comes in the inputs, and no step of it may ask the
     device for a number. recorded: record every size and shape at its first call, which needs a GPU; otherwise the
     function is called. Recorded passes write gradients of their own, which cost nothing to clear: let
@@ -55,8 +55,10 @@ class Replay:
         parameters: Iterable[nn.Parameter],
         device: torch.device,
         recorded: bool,
+        state: Iterable[Tensor] = (),
     ) -> None:
         self._function, self._parameters, self._device = function, list(parameters), device
+        self._state = list(state)
         self._recordings: dict[tuple, Recording] | None = {} if recorded else None
         self.recording = 0.0  # seconds spent on it
 
@@ -79,8 +81,8 @@ class Replay:
         return recording.output
 
     def _record(self, size: int, inputs: tuple[Tensor, ...]) -> Recording:
-        """Leaves the random numbers to come as they were, and no gradients."""
-        random = torch.cuda.get_rng_state(self._device)
+        """Leaves the random numbers to come and the state as they were, and no gradients."""
+        random, before = torch.cuda.get_rng_state(self._device), [tensor.clone() for tensor in self._state]
         places = [tensor.to(self._device, copy=True) for tensor in inputs]
 
         def passes() -> Tensor:
@@ -91,4 +93,6 @@ class Replay:
         pool = next(iter(self._recordings.values())).graph.pool() if self._recordings else None
         graph, output = record(passes, pool)
         torch.cuda.set_rng_state(random, self._device)
+        for tensor, value in zip(self._state, before, strict=True):
+            tensor.copy_(value)
         return Recording(graph, places, output, [p.grad for p in self._parameters])

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
+
+from training.metrics import PROTOCOLS
 
 MIN_UNIQUE = 0.5  # share of items with codes of their own
 ROWS = {
@@ -20,14 +23,16 @@ ROWS = {
     "exact": "exact",
 }
 SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-PROTOCOLS = {"all": "all items", "new": "items not yet consumed"}
 GROUPS = {"target_in_training": "how often the target occurs in training", "history": "items consumed before"}
 
 
-def heading(title: str, show: bool, **lines: object) -> None:
+def heading(title: str, lines: dict[str, str], model: nn.Module, folder: Path, start: str, show: bool) -> None:
     """A title and named lines, before the progress bar."""
-    if show:
-        print(f"\n{title}", *(f"  {name.replace('_', ' ')}: {value}" for name, value in lines.items()), sep="\n")
+    if not show:
+        return
+    n_parameters, device = sum(p.numel() for p in model.parameters()), next(model.parameters()).device
+    lines = lines | {"model": f"{n_parameters:,} parameters on {device}", "folder": folder, "start": start}
+    print(f"\n{title}", *(f"  {name}: {value}" for name, value in lines.items()), sep="\n")
 
 
 def warn(message: str) -> None:
@@ -35,10 +40,10 @@ def warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def progress(total: int, first: int, show: bool) -> tqdm:
+def progress(total: int, done: int, show: bool) -> tqdm:
     """A bar over steps; where the output is no terminal, one line every half minute."""
     interval = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=first, unit="step", mininterval=interval, maxinterval=interval, disable=not show)
+    return tqdm(total=total, initial=done, unit="step", mininterval=interval, maxinterval=interval, disable=not show)
 
 
 class Speed:

@@ -11,15 +11,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from data.files import lock, write_file
-from training.checkpoint import STATE, Checkpoints, Content, load_optimizer, load_weights
-from training.distributed import content_from_main, from_main, tensors_from_main
+from common.files import in_turn, lock, naming, write_file
+from data.corpus import Corpus
+from data.processed import RecDataset, load_corpus
+from data.splits import Splits, draw_splits
+from training.checkpoint import STATE, CheckpointData, Checkpoints, load_optimizer, load_weights
+from training.distributed import checkpoint_from_main, from_main, tensors_from_main
 from training.tracking import Wandb
 
 ABSENT = "not there"
 # Arguments of `train` with which a run can be continued whatever they were: what they name is known by its content,
 # or they change what a run writes or shows, never what its steps compute.
-FREE = {
+RESUME_MAY_CHANGE = {
     "dataset",
     "dataset_folder",
     "dataset_split",
@@ -50,6 +53,23 @@ FREE = {
 }
 
 
+def load_splits(
+    dataset: RecDataset,
+    folder: str,
+    name: str,
+    split: str,
+    force: bool,
+    accelerator: Accelerator,
+    as_cached: bool = False,
+) -> tuple[Corpus, Splits]:
+    """The corpus of `load_corpus` as one to train on, and its splits; force: process it anew."""
+    with in_turn():
+        corpus = load_corpus(dataset, folder, name, force and accelerator.is_local_main_process, as_cached)
+    splits = draw_splits(split, corpus.interactions)
+    corpus.apply_split(splits)
+    return corpus, splits
+
+
 class Run:
     """Everything a run leaves under `save_dir_root`. Only the main process reads or writes there, and no other run.
 
@@ -62,8 +82,8 @@ class Run:
         Raises ValueError where another process is at work in the folder, or where it holds any run if `resume` is off,
         or damaged checkpoints only.
         """
-        self.root, self._accelerator = Path(root), accelerator
-        self._settings, self._inputs, self._wandb = settings, inputs, None
+        self.root, self.accelerator = Path(root), accelerator
+        self.settings, self._inputs, self._wandb = settings, inputs, None
         self.is_main = accelerator.is_main_process
         self.checkpoints = Checkpoints(self.root / "checkpoints", settings["keep_checkpoints"])
         if not self.is_main:
@@ -82,24 +102,24 @@ class Run:
         Returns its state: "step", how many are done (0: a new run), and "best", the metrics of the best checkpoint.
         Raises ValueError where it was made with other values or inputs, or where the processes of a launch differ.
         """
-        values = {f"train.{name}": value for name, value in self._settings.items() if name not in FREE}
+        values = {f"train.{name}": value for name, value in self.settings.items() if name not in RESUME_MAY_CHANGE}
         values |= {f"{type(model).__name__}.{name}": value for name, value in model.config.items()}
         self.config = json.loads(json.dumps(values | self._inputs))  # what must be the same for a run to be continued
         if self.config != from_main(self.config):
             raise ValueError(
-                f"Process {self._accelerator.process_index} has another config or other inputs than the main process "
+                f"Process {self.accelerator.process_index} has another config or other inputs than the main process "
                 f"({self._inputs}): copy the dataset folder and the semantic IDs from one machine to the others."
             )
-        content = content_from_main(self._continued() if self.is_main else None, self._accelerator)
+        content = checkpoint_from_main(self._continued() if self.is_main else None, self.accelerator)
         if content is None:
             return {"step": 0, "best": {}}
         model.load_state_dict(content.weights)
         load_optimizer(optimizer, content)
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(content.state["scaler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content.state["scaler"])
         return content.state
 
-    def _continued(self) -> Content | None:
+    def _continued(self) -> CheckpointData | None:
         """The checkpoint to go on from, and the log up to its step; None in a new run. Raises as `restore` does."""
         content = None
         if self._last is not None:
@@ -123,21 +143,21 @@ class Run:
     ) -> None:
         """Writes a checkpoint. best: metrics of the best one, which is this one if `improved`."""
         if self.is_main:
-            scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler is not None else None
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             state = {"config": self.config, "scaler": scaler, "best": best}
             self.checkpoints.save(step, model, optimizer, state, improved)
 
     def load_best(self, model: nn.Module) -> None:
         """Puts the weights of the best checkpoint into the model."""
         weights = load_weights(self.checkpoints.best()) if self.is_main else None
-        model.load_state_dict(tensors_from_main(weights, self._accelerator))
+        model.load_state_dict(tensors_from_main(weights, self.accelerator))
 
     def save_config(self) -> None:
         """Writes config.gin: every value in force, once all that reads the config has been made."""
         if self.is_main:
             write_file(self.root / "config.gin", gin.operative_config_str().encode())
-            if self._settings["wandb_logging"]:
-                self._wandb = Wandb(self._settings["wandb_project"], self.root)
+            if self.settings["wandb_logging"]:
+                self._wandb = Wandb(self.settings["wandb_project"], self.root)
                 self._wandb.config({**self.config, "gin": gin.operative_config_str()})
 
     def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
@@ -146,7 +166,7 @@ class Run:
             return
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         row = {"step": step, "split": split, "time": round(time.time(), 3), **row}
-        with open(self.root / "metrics.jsonl", "a") as file:
+        with naming(file := self.root / "metrics.jsonl"), open(file, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self._wandb is not None:
             self._wandb.log(step, {f"{split}/{name}": value for name, value in metrics.items()})

@@ -16,3 +16,11 @@ def warmup_cosine(step: int, warmup: int, total: int, floor: float = 0.02) -> fl
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def last_step(iterations: int, best: dict[str, float], patience: int) -> int:
+    """Number of the last step, counted from 1: `patience` steps after the best one, at most `iterations`.
+
+    best: "step" is that of the best validation so far; {} for none. patience 0: never before `iterations`.
+    """
+    return min(iterations, best["step"] + patience) if patience and best else iterations

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.schemas import RankedItems
+from common.schemas import RankedItems
 from modules.model import Encoded, EncoderDecoderRetrievalModel, Vectors
-from modules.transformer.model import Past
+from modules.transformer.model import KVCache
 from modules.tree import Tree
 from ops.jagged import JaggedTensor, row_indices
 from ops.precision import matmul_precision
@@ -114,9 +114,9 @@ def beam_search(
     users, device = history.batch_size, history.values.device
     out = LeftOut.of(consumed, tree) if new else left_out
     nodes = torch.zeros(users, 1, dtype=torch.int32, device=device)
-    scores, past = torch.zeros(users, 1, device=device), None
+    scores, cache = torch.zeros(users, 1, device=device), None
     for depth, fanout in enumerate(tree.fanout):
-        query, tokens = model.next_query(encoded, depth, nodes, vectors, past)
+        query, tokens = model.next_query(encoded, depth, nodes, vectors, cache)
         first_child, dead = tree.first_child[depth], None
         if out is not None:
             child = first_child[nodes][..., None] + torch.arange(fanout, dtype=torch.int32, device=device)
@@ -127,8 +127,8 @@ def beam_search(
             query, scores, vectors.nodes[depth], first_child, nodes, fanout, count, dead
         )
         if tokens and depth < tree.n_levels - 1:
-            rows = (parents + torch.arange(users, device=device)[:, None] * query.shape[1]).flatten()
-            past = Past.extend(past, tokens, rows)
+            chosen = (parents + torch.arange(users, device=device)[:, None] * query.shape[1]).flatten()
+            cache = KVCache.extend(cache, tokens, chosen)
     items = tree.leaf_items[nodes].long()
     head = None
     if "items" in model.heads:

@@ -2,26 +2,27 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.files import aside
+from common.prefetch import stream
 from data.corpus import Corpus
 from data.features import ItemFeatures
 from data.items import Items
 from data.sources import SOURCES, STATES, FittedSources
-from data.stream import stream
 from modules.loss import reconstruction_loss
 from modules.pretrained import resolve
 from modules.rqvae import RqVae
+from modules.tokenizer.collisions import colliding_items, number_groups, resolve_collisions
 from modules.tokenizer.index import read_index
 from modules.tokenizer.semids import IDS, SemanticIds, features_digest, load_item_features, rank_within_equal
-from modules.tokenizer.separate import number_groups, separate, surplus
 
 MAX_CANDIDATES = 32  # nearest last codes that an item may be moved to
 
@@ -45,8 +46,8 @@ def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> Tensor:
         distances, candidates = exact.layers[-1].ranked(out.residuals[..., -1], min(MAX_CANDIDATES, size))
         parts.append((out.sem_ids, distances[:, 0], candidates.to(torch.int32)))
     codes, distance, candidates = (torch.cat(part) for part in zip(*parts, strict=True))
-    items = surplus(codes, distance)
-    return separate(codes, items, candidates[items], size)
+    items = colliding_items(codes, distance)
+    return resolve_collisions(codes, items, candidates[items], size)
 
 
 @torch.no_grad()
@@ -74,18 +75,18 @@ def encoder_features(
         if path:
             path.unlink(missing_ok=True)
         return None
-    aside, shape = path and path.with_name(f".{path.name}"), (len(x), int(columns.sum()))
-    values = np.lib.format.open_memmap(aside, "w+", np.float16, shape) if aside else np.empty(shape, np.float16)
-    for start, chunk in zip(range(0, len(x), batch_size), stream(x, batch_size, model.device), strict=True):
-        values[start : start + batch_size] = seen = model.normalized(chunk).half().cpu().numpy()[:, columns]
-        if not (finite := np.isfinite(seen).all(axis=1)).all():
-            raise ValueError(
-                f"The features of item {start + int(finite.argmin())} reach beyond 65504, the largest float16: scale "
-                "them, or set RqVae.standardize."
-            )
-    if aside:
-        values.flush()
-        os.replace(aside, path)
+    shape = len(x), int(columns.sum())
+    with aside(path) if path else nullcontext() as part:
+        values = np.lib.format.open_memmap(part, "w+", np.float16, shape) if part else np.empty(shape, np.float16)
+        for start, chunk in zip(range(0, len(x), batch_size), stream(x, batch_size, model.device), strict=True):
+            values[start : start + batch_size] = seen = model.normalized(chunk).half().cpu().numpy()[:, columns]
+            if not (finite := np.isfinite(seen).all(axis=1)).all():
+                raise ValueError(
+                    f"The features of item {start + int(finite.argmin())} reach beyond 65504, the largest float16: "
+                    "scale them, or set RqVae.standardize."
+                )
+        if part:
+            values.flush()
     return values
 
 
@@ -111,9 +112,9 @@ def extended_ids(model: RqVae, ids: SemanticIds, item_keys: list[str], x: Tensor
         residual = exact.get_semantic_ids(x.cpu().double()).residuals[..., -1]
         near, order = exact.layers[-1].ranked(residual, min(MAX_CANDIDATES, size))
         distance = torch.full((len(rows),), -1.0, dtype=near.dtype).index_copy(0, new, near[:, 0])
-        moving = surplus(codes, distance)
+        moving = colliding_items(codes, distance)
         moving = moving[rows[moving] < 0]
-        codes = separate(codes, moving, order[torch.searchsorted(new, moving)], size)
+        codes = resolve_collisions(codes, moving, order[torch.searchsorted(new, moving)], size)
     group, old = number_groups(codes), rows >= 0
     highest = torch.full((len(rows),), -1).scatter_reduce(0, group[old], rank[old], "amax")
     rank[new] = highest[group[new]] + 1 + rank_within_equal(codes[new])
@@ -148,19 +149,11 @@ def identity_of(model: RqVae, features: str, split: str, item_features: np.ndarr
     return identity
 
 
-@dataclass(frozen=True)
-class Described:
-    """Features of a corpus, and the split whose training data they are of."""
-
-    features: ItemFeatures
-    split: str
-
-
 def load_or_make_ids(
     path: str | Path,
     revision: str | None,
     corpus: Corpus,
-    features: Callable[[], Described] | None,
+    features: Callable[[], ItemFeatures] | None,
     device: torch.device,
     encode: bool = False,
     text_model: str | None = None,
@@ -181,7 +174,7 @@ def load_or_make_ids(
                 f"'{path}' is a file of IDs: unset train.encode_catalogue, train.pretrained_rqvae_revision."
             )
         ids = read_index(path, corpus)
-        return with_features(ids, features().features) if features else (ids, None)
+        return with_features(ids, features()) if features else (ids, None)
     if features is None and not encode:
         if str(path).endswith(".pt"):
             raise ValueError(f"'{path}' is a tokenizer without semantic IDs: set train.features to what it reads.")
@@ -198,14 +191,13 @@ def load_or_make_ids(
         raise ValueError(f"The tokenizer '{path}' brings no feature sources: set train.features to what it reads.")
     made = ids.tokenizer if ids else {}
     if features is not None:
-        described = features()
-        check_features(path, model, sources.identity if sources else made.get("features"), described.features)
+        read = features()
+        check_features(path, model, sources.identity if sources else made.get("features"), read)
     if sources is not None:
         return encode_corpus(model, sources, ids, corpus)
-    read = described.features
     x = torch.from_numpy(read.values)
-    codes, seen = catalogue_codes(model, x), encoder_features(model, x, ~read.from_interactions)
-    return make_ids(model, codes, corpus, read.identity, made.get("split", described.split), seen), seen
+    codes, seen = catalogue_codes(model, x), encoder_features(model, x, ~read.fitted.from_interactions)
+    return make_ids(model, codes, corpus, read.fitted.identity, made.get("split", read.fitted.split), seen), seen
 
 
 def with_features(ids: SemanticIds, read: ItemFeatures) -> tuple[SemanticIds, np.ndarray | None]:
@@ -213,9 +205,9 @@ def with_features(ids: SemanticIds, read: ItemFeatures) -> tuple[SemanticIds, np
     x = torch.from_numpy(read.values)
     model = RqVae(x.shape[1], hidden_dims=None, codebook_size=1, n_layers=1, codebook_kmeans_init=False)
     model.initialize(x, torch.Generator())
-    seen = encoder_features(model, x, ~read.from_interactions)
+    seen = encoder_features(model, x, ~read.fitted.from_interactions)
     digest = {} if seen is None else {"item_features": features_digest(seen)}
-    return replace(ids, tokenizer={**ids.tokenizer, "features": read.identity, **digest}), seen
+    return replace(ids, tokenizer={**ids.tokenizer, "features": read.fitted.identity, **digest}), seen
 
 
 def encode_corpus(
@@ -248,13 +240,13 @@ def beside(path: str | Path, revision: str | None, name: str) -> bool:
 
 def check_features(path: str | Path, model: RqVae, trained_with: str | None, given: ItemFeatures) -> None:
     """ValueError that names both sides where a tokenizer was trained with other features than those given."""
-    if trained_with not in (None, given.identity):
+    if trained_with not in (None, given.fitted.identity):
         raise ValueError(
-            f"The tokenizer '{path}' was trained with {trained_with}, train.features is {given.identity}: bind what "
-            "the tokenizer was trained with."
+            f"The tokenizer '{path}' was trained with {trained_with}, train.features is {given.fitted.identity}: bind "
+            "what the tokenizer was trained with."
         )
     if given.values.shape[1] != model.config["input_dim"]:
         raise ValueError(
             f"The tokenizer '{path}' reads {model.config['input_dim']} features an item, train.features "
-            f"({given.identity}) gives {given.values.shape[1]}."
+            f"({given.fitted.identity}) gives {given.values.shape[1]}."
         )

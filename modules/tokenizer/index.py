@@ -15,8 +15,8 @@ from string import ascii_lowercase
 
 import torch
 
+from common.files import write_file
 from data.corpus import Corpus
-from data.files import write_file
 from modules.tokenizer.semids import SemanticIds
 
 

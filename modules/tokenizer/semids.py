@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from data.files import write_file
-from data.strings import pack_strings, unpack_strings
+from common.files import write_file
+from common.packed_strings import pack_strings, unpack_strings
 from modules.pretrained import resolve
+from modules.tree import lexicographic_order
 
 FORMAT = "semantic-ids-1"
 IDS, FEATURES = "semantic_ids.safetensors", "features.npy"
@@ -190,21 +190,3 @@ def rank_within_equal(codes: Tensor) -> Tensor:
     position = torch.arange(len(codes), device=codes.device)
     group_start = torch.where(opens, position, 0).cummax(0).values
     return torch.empty_like(order).index_copy(0, order, position - group_start)
-
-
-def lexicographic_order(codes: Tensor) -> Tensor:
-    """Row numbers in the order of the rows, equal rows in their own order: one stable sort if a row fits in 63 bits,
-    else one a level.
-
-    Shape: codes [N, L] non-negative integers -> [N] int64.
-    """
-    sizes = (codes.amax(0) + 1).tolist() if len(codes) else []
-    if math.prod(sizes) < 2**63:
-        key = torch.zeros(len(codes), dtype=torch.int64, device=codes.device)
-        for level, size in enumerate(sizes):
-            key = key * size + codes[:, level]
-        return key.argsort(stable=True)
-    order = torch.arange(len(codes), device=codes.device)
-    for level in reversed(range(codes.shape[1])):  # from the last key to the first
-        order = order[codes[order, level].argsort(stable=True)]
-    return order

@@ -3,10 +3,12 @@
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from ops.jagged import JaggedTensor, jagged_attention
-from ops.past import past_attention
+from ops.attention import jagged_attention
+from ops.cached_attention import cached_attention
+from ops.jagged import JaggedTensor
 
 
 class RelativePositionBias(nn.Module):
@@ -51,20 +53,20 @@ class SelfAttention(nn.Module):
         x: JaggedTensor,
         bias: Tensor | None = None,
         causal: bool = False,
-        past: tuple[Tensor, Tensor] | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [T, dim], bias [H, 2R+1] -> [T, dim], and the tokens' keys and values [T, 2, H, D].
 
-        past: where x is one token for each of S rows, the keys and values [R, 2, H, D] of earlier tokens, and which of
+        cache: where x is one token for each of S rows, the keys and values [R, 2, H, D] of earlier tokens, and which of
         them [S, P] are those before each; they are seen as well, without bias.
         """
-        packed = self.query_key_value(x.values).view(-1, 3, self.n_heads, self.head_dim)
+        packed = rearrange(self.query_key_value(x.values), "t (n h d) -> t n h d", n=3, h=self.n_heads)
         scale = self.head_dim**-0.5
-        if past is None:
+        if cache is None:
             attended = jagged_attention(x.with_values(packed), None, bias, None, causal, scale).values
         else:
-            attended = past_attention(packed, *past, scale)
-        return self.out(attended.flatten(1)), packed[:, 1:]
+            attended = cached_attention(packed, *cache, scale)
+        return self.out(rearrange(attended, "t h d -> t (h d)")), packed[:, 1:]
 
 
 class _Products(torch.autograd.Function):
@@ -108,10 +110,11 @@ class CrossAttention(nn.Module):
     def memories(x: JaggedTensor, layers: list["CrossAttention"]) -> list[JaggedTensor]:
         """The keys and values that each layer's `forward` looks at. Values [T, dim] -> [T, 2, H, D] of each."""
         made = products(x.values, [layer.key_value.weight for layer in layers])
-        return [x.with_values(t.view(-1, 2, own.n_heads, own.head_dim)) for t, own in zip(made, layers, strict=True)]
+        heads = layers[0].n_heads
+        return [x.with_values(rearrange(pair, "t (n h d) -> t n h d", n=2, h=heads)) for pair in made]
 
     def forward(self, x: JaggedTensor, memory: JaggedTensor, bias: Tensor | None, key_limits: Tensor) -> Tensor:
-        """x [T, dim], bias [H, 2R+1], key_limits [T] -> [T, dim]; see `ops.jagged.jagged_attention`."""
-        query = x.with_values(self.query(x.values).view(-1, self.n_heads, self.head_dim))
+        """x [T, dim], bias [H, 2R+1], key_limits [T] -> [T, dim]; see `ops.attention.jagged_attention`."""
+        query = x.with_values(rearrange(self.query(x.values), "t (h d) -> t h d", h=self.n_heads))
         attended = jagged_attention(query, memory, bias, key_limits, scale=self.head_dim**-0.5)
-        return self.out(attended.values.flatten(1))
+        return self.out(rearrange(attended.values, "t h d -> t (h d)"))

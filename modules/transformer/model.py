@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modules.transformer.attention import CrossAttention, RelativePositionBias, SelfAttention
+from ops.add_norm import add_norm, relu_dropout
 from ops.jagged import JaggedTensor
-from ops.residual import add_norm, relu_dropout
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,6 @@ class TransformerConfig:
     n_heads: int
     head_dim: int
     dropout: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"EncoderDecoderRetrievalModel.dropout is {self.dropout}; it must be from 0 to below 1.")
 
 
 @dataclass(frozen=True)
@@ -49,29 +45,29 @@ class MemoryView:
 
 
 @dataclass(frozen=True)
-class Past:
+class KVCache:
     """Tokens decoded before, and which of them each sequence continues.
 
-    layers: each decoder layer's keys and values [R, 2, H, D]. rows: [S, P] int64, those of each sequence's tokens.
+    layers: each decoder layer's keys and values [R, 2, H, D]. places: [S, P] int64, where each sequence's tokens are.
     """
 
     layers: list[Tensor]
-    rows: Tensor
+    places: Tensor
 
     @staticmethod
-    def extend(past: "Past | None", tokens: list[Tensor], chosen: Tensor) -> "Past":
-        """The past of the next step, whose sequence s continues sequence chosen[s] of the last one.
+    def extend(cache: "KVCache | None", tokens: list[Tensor], chosen: Tensor) -> "KVCache":
+        """The cache of the next step, whose sequence s continues sequence chosen[s] of the last one.
 
-        tokens: each layer's keys and values [S, 2, H, D] of the last step, `past` the one it had. chosen: [S'] int64.
+        tokens: each layer's keys and values [S, 2, H, D] of the last step, `cache` the one it had. chosen: [S'] int64.
         """
-        if past is None:
-            return Past(tokens, chosen[:, None])
-        rows = torch.cat([past.rows[chosen], chosen[:, None] + len(past.layers[0])], 1)
-        return Past([torch.cat(pair) for pair in zip(past.layers, tokens, strict=True)], rows)
+        if cache is None:
+            return KVCache(tokens, chosen[:, None])
+        places = torch.cat([cache.places[chosen], chosen[:, None] + len(cache.layers[0])], 1)
+        return KVCache([torch.cat(pair) for pair in zip(cache.layers, tokens, strict=True)], places)
 
 
 class AddNorm(nn.Module):
-    """hidden = x + dropout(branch), and its normalization by the root mean square; see `ops.residual.add_norm`."""
+    """hidden = x + dropout(branch), and its normalization by the root mean square; see `ops.add_norm.add_norm`."""
 
     def __init__(self, config: TransformerConfig, last: bool = False) -> None:
         super().__init__()
@@ -158,14 +154,14 @@ class DecoderBlock(nn.Module):
         memory: JaggedTensor,
         key_limits: Tensor,
         bias: Tensor,
-        past: tuple[Tensor, Tensor] | None,
+        cache: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, JaggedTensor, Tensor]:
         """The last M positions of S sequences; see `Decoder.forward`.
 
         hidden, normed [S * M, dim], rows of sequences; users: the same positions as rows of users; bias [H, 2R+1], of
         the memory's tokens. -> hidden, normed, and the positions' keys and values [S * M, 2, H, D].
         """
-        attended, seen = self.attention(normed, causal=normed.max_length > 1, past=past)
+        attended, seen = self.attention(normed, causal=normed.max_length > 1, cache=cache)
         hidden, values = self.cross_norm(hidden, attended)
         attended = self.cross_attention(users.with_values(values), memory, bias, key_limits)
         hidden, values = self.ff_norm(hidden, attended)
@@ -192,18 +188,18 @@ class Decoder(nn.Module):
         return CrossAttention.memories(encoded, [block.cross_attention for block in self.blocks])
 
     def forward(
-        self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, past: Past | None = None
+        self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, cache: KVCache | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """The last M positions of S sequences, where some sequences belong to each user.
 
-        x: [S, M, dim]. past: of the positions before, where M = 1.
+        x: [S, M, dim]. cache: of the positions before, where M = 1.
         Returns the normalized stream [S, M, dim] and each layer's keys and values [S * M, 2, H, D] of its positions.
         """
         normed, users, bias = JaggedTensor.uniform(x), view.rows(x), self.bias()
         hidden, values = self.input_norm(None, normed.values)
         normed, tokens = normed.with_values(values), []
         for i, block in enumerate(self.blocks):
-            layer = (memory[i], view.key_limits, bias, (past.layers[i], past.rows) if past is not None else None)
+            layer = (memory[i], view.key_limits, bias, (cache.layers[i], cache.places) if cache is not None else None)
             hidden, normed, seen = block(hidden, normed, users, *layer)
             tokens.append(seen)
         return normed.values.view(x.shape), tokens

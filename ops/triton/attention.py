@@ -63,8 +63,8 @@ def attention(
     causal: bool = False,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.jagged.jagged_attention`. Returns out [Tq, H, D], lse [H, Tq] float32, in units of log 2, and the ranges
-    of `key_ranges`.
+    """See `ops.attention.jagged_attention`. Returns out [Tq, H, D], lse [H, Tq] float32, in units of log 2, and the
+    ranges of `key_ranges`.
 
     query, memory: float32, float16 or bfloat16, both alike, less than 2^31 tokens; D at most 128. A value that is not
     finite may spoil the rows beside its own.
@@ -119,7 +119,7 @@ def attention_backward(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, memory (empty without it) and bias [H, 2R+1] float32 (empty without `bias_grad`)."""
-    grad_query, grad_memory = (_like(t) if t is not None else query.new_empty(0) for t in (query, memory))
+    grad_query, grad_memory = (query.new_empty(t.shape if t is not None else 0) for t in (query, memory))
     grads = _parts(grad_query, grad_memory if memory is not None else None)
     query, key, value, grad_out = _addressable(*_parts(query, memory), grad_out)
     query_offsets, key_offsets = query_offsets.contiguous(), key_offsets.contiguous()
@@ -154,11 +154,6 @@ def attention_backward(
     if not bias_grad:
         return grad_query, grad_memory, lse.new_empty(0)
     return grad_query, grad_memory, bias_gradient(parts.sum(0), bias, constants, own.radius, own.reach)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """Contiguous, whatever the tensor is."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 @attention_backward.register_fake

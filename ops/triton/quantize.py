@@ -48,10 +48,11 @@ def _forward(
 @triton.jit
 def _backward(
     x_ptr, books_ptr, ids_ptr, grad_total_ptr, grad_loss_ptr, grad_x_ptr, grad_books_ptr, B, V, D, beta,
-    L: tl.constexpr, ROTATE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    L: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """With g the gradient of total, c that of loss, and M_l the constant map of r_l to its code (the identity, or
-    the scaled rotation): G_l = G_(l+1) + M_l' (g - G_(l+1)) + 2 beta c r_(l+1), and d e_l = -2 c r_(l+1)."""
+    """With g the gradient of total, c that of loss, and M_l the constant map of r_l to its code (a scaled
+    rotation, the identity where none is defined):
+    G_l = G_(l+1) + M_l' (g - G_(l+1)) + 2 beta c r_(l+1), and d e_l = -2 c r_(l+1)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows[:, None] < B) & (columns[None, :] < D)
@@ -71,16 +72,15 @@ def _backward(
         r = left + code
         tl.atomic_add(grad_books_ptr + at, -2 * c * left, mask=inside, sem="relaxed")
         passed = grad - grad_r
-        if ROTATE:
-            norm_r = tl.sqrt(tl.sum(r * r, 1))[:, None]
-            norm_e = tl.sqrt(tl.sum(code * code, 1))[:, None]
-            u = r / tl.maximum(norm_r, 1e-8)
-            q = code / tl.maximum(norm_e, 1e-8)
-            norm_w = tl.sqrt(tl.sum((u + q) * (u + q), 1))[:, None]
-            w = (u + q) / tl.maximum(norm_w, 1e-8)
-            turned = passed - 2 * w * tl.sum(w * passed, 1)[:, None] + 2 * u * tl.sum(q * passed, 1)[:, None]
-            defined = (norm_w > 1e-4) & (norm_r > 1e-8) & (norm_e > 1e-8)
-            passed = tl.where(defined, norm_e / tl.maximum(norm_r, 1e-8) * turned, passed)
+        norm_r = tl.sqrt(tl.sum(r * r, 1))[:, None]
+        norm_e = tl.sqrt(tl.sum(code * code, 1))[:, None]
+        u = r / tl.maximum(norm_r, 1e-8)
+        q = code / tl.maximum(norm_e, 1e-8)
+        norm_w = tl.sqrt(tl.sum((u + q) * (u + q), 1))[:, None]
+        w = (u + q) / tl.maximum(norm_w, 1e-8)
+        turned = passed - 2 * w * tl.sum(w * passed, 1)[:, None] + 2 * u * tl.sum(q * passed, 1)[:, None]
+        defined = (norm_w > 1e-4) & (norm_r > 1e-8) & (norm_e > 1e-8)
+        passed = tl.where(defined, norm_e / tl.maximum(norm_r, 1e-8) * turned, passed)
         grad_r += passed + 2 * beta * c * left
         left = r
     tl.store(grad_x_ptr + place, grad_r, mask=inside)
@@ -92,11 +92,10 @@ def _rows(batch: int) -> int:
 
 
 @torch.library.custom_op("retrieval::residual_quantize", mutates_args=())
-def residual_quantize(x: Tensor, books: Tensor, beta: float, rotate: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What `modules.rqvae.RqVae.quantize` computes in training, with codes chosen by Euclidean distance.
+def residual_quantize(x: Tensor, books: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `modules.rqvae.RqVae.quantize` computes in training, with the nearest codes and the rotation trick.
 
-    x: [B, D]; books: [L, V, D], codebooks; both float32 and contiguous. beta: commitment weight. rotate: gradients by
-    the rotation trick, else straight-through.
+    x: [B, D]; books: [L, V, D], codebooks; both float32 and contiguous. beta: commitment weight.
     Returns total [B, D], the sum of the codes; ids [B, L] int64; loss [B], summed over levels. The gradient of the
     codebooks is summed by atomics, so its last bits vary.
     """
@@ -112,14 +111,14 @@ def residual_quantize(x: Tensor, books: Tensor, beta: float, rotate: bool) -> tu
 
 
 @residual_quantize.register_fake
-def _(x: Tensor, books: Tensor, beta: float, rotate: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, books: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.empty(len(x), len(books), dtype=torch.int64, device=x.device)
     return torch.empty_like(x), ids, x.new_empty(len(x))
 
 
 @torch.library.custom_op("retrieval::residual_quantize_backward", mutates_args=())
 def residual_quantize_backward(
-    x: Tensor, books: Tensor, ids: Tensor, grad_total: Tensor, grad_loss: Tensor, beta: float, rotate: bool
+    x: Tensor, books: Tensor, ids: Tensor, grad_total: Tensor, grad_loss: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x [B, D] and books [L, V, D]; arguments and results of `residual_quantize`."""
     B, D = x.shape
@@ -128,7 +127,7 @@ def residual_quantize_backward(
     block_d = max(16, triton.next_power_of_2(D))
     grid = (triton.cdiv(B, _rows(B)),)
     arguments = (x, books, ids, grad_total, grad_loss, grad_x, grad_books)
-    _backward[grid](*arguments, B, V, D, beta, L, rotate, _rows(B), block_d)
+    _backward[grid](*arguments, B, V, D, beta, L, _rows(B), block_d)
     return grad_x, grad_books
 
 
@@ -138,14 +137,14 @@ def _(x: Tensor, books: Tensor, *_) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx, inputs, output) -> None:
-    x, books, ctx.beta, ctx.rotate = inputs
+    x, books, ctx.beta = inputs
     ctx.save_for_backward(x, books, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx, grad_total: Tensor, _, grad_loss: Tensor):
     grads = (grad_total.contiguous(), grad_loss.contiguous())
-    return *residual_quantize_backward(*ctx.saved_tensors, *grads, ctx.beta, ctx.rotate), None, None
+    return *residual_quantize_backward(*ctx.saved_tensors, *grads, ctx.beta), None
 
 
 residual_quantize.register_autograd(_gradients, setup_context=_save)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.schemas import Interactions
 from data.baselines import MostPopular, Transition
 from data.processed import RecDataset, load_corpus
-from data.schemas import Interactions
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "amazon"
 

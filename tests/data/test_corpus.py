@@ -4,15 +4,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.packed_strings import pack_lists, pack_strings, unpack_lists, unpack_strings
+from common.schemas import Interactions
 from data.corpus import Corpus
-from data.schemas import Interactions
-from data.strings import pack_lists, pack_strings, unpack_lists, unpack_strings
 
 PARTS = {
     "items": [0, 2, 1, 2, 2],
@@ -41,7 +40,7 @@ def assert_equal(one: Corpus, other: Corpus) -> None:
     for field in ("name", "item_keys", "user_keys", "hash", "text_hash", "n_items", "n_users"):
         assert getattr(one, field) == getattr(other, field)
     assert one.texts() == other.texts()
-    assert one.items.equals(other.items) and one.items.schema == other.items.schema
+    assert one.categories() == other.categories()
     for field in ("items", "offsets", "timestamps"):
         mine, theirs = getattr(one.interactions, field), getattr(other.interactions, field)
         assert (mine is None) == (theirs is None)
@@ -78,12 +77,11 @@ def test_half_a_surrogate_pair_is_refused():
 def test_what_a_corpus_holds():
     corpus = make()
     assert (corpus.n_items, corpus.n_users) == (3, 2)
-    assert corpus.items.columns == ["key", "text", "categories"]
-    assert corpus.items["categories"].to_list() == PARTS["categories"]
+    assert corpus.categories() == PARTS["categories"]
     assert corpus.texts() == PARTS["texts"]
     columns = {"text": [[text] for text in PARTS["texts"]], "categories": PARTS["categories"]}
     assert corpus.columns(["text", "categories"]) == columns
-    with pytest.raises(ValueError, match="train.item_columns names 'genre'; .* 'tiny' have key, text, categories"):
+    with pytest.raises(ValueError, match="train.item_columns names 'genre'; .* have key, text, categories"):
         corpus.columns(["genre"])
 
 
@@ -199,7 +197,7 @@ DAMAGES = {
     "other counts": lambda folder: edit_header(folder, n_items=4),
     "no tensors": lambda folder: (folder / "tensors.safetensors").unlink(),
     "half the tensors": lambda folder: os.truncate(folder / "tensors.safetensors", 200),
-    "no texts": lambda folder: (folder / "items.parquet").unlink(),
+    "no texts": lambda folder: (folder / "texts.safetensors").unlink(),
 }
 
 
@@ -216,11 +214,11 @@ def test_damaged_or_foreign_texts_are_noticed_when_they_are_read(tmp_path):
     make().save(tmp_path / "tiny")
     make(texts=["a", "b", "c"]).save(tmp_path / "other")
     corpus = Corpus.load(tmp_path / "tiny")
-    shutil.copy(tmp_path / "other/items.parquet", tmp_path / "tiny/items.parquet")
+    shutil.copy(tmp_path / "other/texts.safetensors", tmp_path / "tiny/texts.safetensors")
     with pytest.raises(ValueError, match="not those of corpus 'tiny'.*force_dataset_process"):
         corpus.texts()
-    os.truncate(tmp_path / "tiny/items.parquet", 20)
-    with pytest.raises(ValueError, match="items.parquet.*force_dataset_process"):
+    os.truncate(tmp_path / "tiny/texts.safetensors", 20)
+    with pytest.raises(ValueError, match="texts.safetensors.*force_dataset_process"):
         Corpus.load(tmp_path / "tiny").texts()
 
 
@@ -228,11 +226,11 @@ def test_a_crash_while_saving_keeps_the_old_cache_and_leaves_no_partial_one(tmp_
     old, new = make(), make(texts=["p", "q", "r"])
     old.save(tmp_path / "tiny")
 
-    def crash(*_):
+    def crash(*_, **__):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pl.DataFrame, "write_parquet", crash)
+        patch.setattr(Path, "write_text", crash)
         for folder in ("tiny", "fresh"):
             with pytest.raises(OSError, match="disk full"):
                 new.save(tmp_path / folder)
@@ -244,7 +242,7 @@ def test_a_crash_while_saving_keeps_the_old_cache_and_leaves_no_partial_one(tmp_
 
 
 def test_leftovers_of_killed_processes_are_harmless(tmp_path):
-    (tmp_path / ".tiny-0123456789ab").mkdir()
+    (tmp_path / ".tiny" / "half").mkdir(parents=True)
     make().save(tmp_path / "tiny")
     assert_equal(Corpus.load(tmp_path / "tiny"), make())
 

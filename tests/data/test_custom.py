@@ -104,13 +104,13 @@ def test_texts_and_categories(tmp_path):
     options = {"text_columns": ("title", "brand"), "category_column": "genres"}
     corpus = read(tmp_path, "u,a,1\n", items, **options)
     assert corpus.texts() == ["Blue shoe. Brand: Acme.", "Unknown item.", "Done! Brand: B, C.", "Brand: D."]
-    assert corpus.items["categories"].to_list() == [["x", "y"], [], ["y"], []]
+    assert corpus.categories() == [["x", "y"], [], ["y"], []]
     rows = [{"item": "a", "tags": ["p", "q", None, ""], "n": 3}, {"item": "b", "tags": [], "n": None}]
     for suffix in (".jsonl", ".parquet"):
         write(tmp_path / f"items{suffix}", rows)
         data = {"items": str(tmp_path / f"items{suffix}"), "text_columns": ("tags", "n"), "category_column": "tags"}
         corpus = CustomData("mine", str(tmp_path / "events.csv"), **data).read()
-        assert corpus.items["categories"].to_list() == [["p", "q"], []]
+        assert corpus.categories() == [["p", "q"], []]
         assert corpus.texts() == ["p, q. N: 3.", "Unknown item."]
 
 
@@ -142,11 +142,11 @@ def test_recboles_atomic_files_are_read_as_they_are(tmp_path):
     assert histories(corpus) == {"7": ["10", "2"], "007": ["2"]} and corpus.item_keys == ["10", "2", "3"]
     expected = ["New York New York. Year: 1977. Class: Drama Musical.", '"Q&A.', "Class: Drama."]
     assert corpus.texts() == expected and corpus.interactions.timestamps.tolist() == [20, 30, 5]
-    assert corpus.items["categories"].to_list() == [["Drama", "Musical"], [], ["Drama"]]
+    assert corpus.categories() == [["Drama", "Musical"], [], ["Drama"]]
     for content, message in (
         ("user_id\titem_id:token\ttimestamp:float\n", "column 'user_id' must be a name with a type (token, token_seq"),
         (inter.replace("item_id", "item"), "has no column 'item_id'; its columns are user_id, item, rating, timestamp"),
-        (inter.replace("\trating:float", "") + '7\t"2\t3\t4\n', "line 2: 4 fields where the header has 3"),
+        (inter.replace("\trating:float", "") + '7\t"2\t3\t4\n', "line 2, row 1: 4 fields where the header has 3"),
         (inter + "7\tnan\t3\t4\n", "row 1: 'item_id' is empty"),
     ):
         (tmp_path / "a.inter").write_text(content)
@@ -164,7 +164,7 @@ def test_json_objects_are_histories_by_user_and_rows_by_item(tmp_path):
     item.write_text('{"10": {"title": "Ten", "tags": ["x", "y"]}, "2": {"title": "Two", "price": 3}, "3": {}}')
     corpus = CustomData("mine", str(inter), str(item), text_columns=("title", "price"), category_column="tags").read()
     assert corpus.item_keys == ["10", "2", "3"] and corpus.texts() == ["Ten.", "Two. Price: 3.", "Unknown item."]
-    assert corpus.items["categories"].to_list() == [["x", "y"], [], []]
+    assert corpus.categories() == [["x", "y"], [], []]
     for content, message in (
         ('{"5": [2, null]}', ", row 2: 'item' is empty"),
         ('{"5": [2, 4]}', ", row 2: item '4' is not in "),
@@ -205,9 +205,9 @@ BAD = [
     ("u,a,1.5\nu,b,nan\n", "row 2: 'timestamp' must be"),
     ("u,a,1.5\nu,b,inf\n", "row 2: 'timestamp' must be"),
     ("u,a,1\nu,z,2\nv,z,1\n", "row 2: item 'z' is not in "),
-    ("u,a,1\nu,b,2,3\n", "line 3: 4 fields where the header has 3"),
-    (b"u,a,1\nu,\xe9,2\n", "line 3: the bytes are not UTF-8"),
-    ('u,a,1\nu,"b,2\n', "line 3: "),
+    ("u,a,1\nu,b,2,3\n", "line 3, row 2: 4 fields where the header has 3"),
+    (b"u,a,1\nu,\xe9,2\n", "line 3, row 2: 'item': the bytes are not UTF-8"),
+    ('u,a,1\nu,"b,2\n', "line 3, row 2: 'item': quotes must"),
     ("", "no interaction is left of 0"),
 ]
 
@@ -255,8 +255,8 @@ def test_odd_catalogues_are_named(tmp_path, items, options, message):
 def test_other_files_and_parameters_are_refused(tmp_path):
     for name, content, message in (
         ("events.xls", b"x", "must end with one of .csv"),
-        ("events.jsonl", b'{"user": "u"\n', "line 1: "),
-        ("events.jsonl", b'{"user": "\xff"}\n', "line 1: the bytes are not UTF-8"),
+        ("events.jsonl", b'{"user": "u"\n', "line 1, row 1: no JSON"),
+        ("events.jsonl", b'{"user": "\xff"}\n', "line 1, row 1: the bytes are not UTF-8"),
         ("events.parquet", b"PAR1", "can't be read as parquet"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -271,18 +271,19 @@ def test_other_files_and_parameters_are_refused(tmp_path):
     for name in ("", "a/b", "..", ".x"):
         with pytest.raises(ValueError, match="usable as the name of a folder"):
             CustomData(name)
+    (tmp_path / "events.csv").write_text(HEAD + "u,a,1\n")
     with pytest.raises(ValueError, match="columns of CustomData.items"):
-        CustomData(text_columns=("title",))
+        CustomData("mine", str(tmp_path / "events.csv"), text_columns=("title",)).read()
 
 
 def test_the_second_stage_needs_the_name_alone_and_changes_are_noticed(tmp_path, capsys):
     """Stage 1 binds everything, stage 2 the name; other columns are another corpus."""
     (tmp_path / "events.csv").write_text(HEAD.replace("\n", ",when\n") + "u,a,1,2\nu,b,2,1\n")
 
-    def load(*bindings: str):
+    def load(*bindings: str, stage: int = 1):
         gin.parse_config(["CustomData.name = 'mine'", *bindings])
         try:
-            return load_corpus(RecDataset.CUSTOM, str(tmp_path))
+            return load_corpus(RecDataset.CUSTOM, str(tmp_path), as_cached=stage == 2)
         finally:
             gin.clear_config()
 
@@ -295,8 +296,18 @@ def test_the_second_stage_needs_the_name_alone_and_changes_are_noticed(tmp_path,
     changed = load(whole, "CustomData.time_column = 'when'")
     assert changed.hash != built.hash == load(whole).hash
     assert capsys.readouterr().out.count("built anew, because time_column changed") == 2  # there and back
+    core = load(whole, "CustomData.k_core = 1", "CustomData.user_column = 'user'")
+    for bindings in ((), (whole,), (whole, "CustomData.k_core = 1"), ("CustomData.time_column = 'timestamp'",)):
+        assert load(*bindings, stage=2).hash == core.hash, "what is not bound is as in stage 1"
+    for name, here, there in (("k_core", 0, 1), ("time_column", "when", "timestamp"), ("items", "x.csv", None)):
+        message = f"CustomData.{name} = {here!r}, but the corpus in {tmp_path}.* was made with {there!r}: leave it out"
+        with pytest.raises(ValueError, match=message):
+            load(whole, f"CustomData.{name} = {here!r}", stage=2)
+    capsys.readouterr()
     (tmp_path / "events.csv").write_text(HEAD + "u,a,1\n")
     with pytest.raises(ValueError, match="run train_rqvae.py with it first"):
         load()
+    changed = load(stage=2)
+    assert changed.hash != built.hash and capsys.readouterr().out.count("built anew, because ") == 1
     (tmp_path / "events.csv").unlink()
-    assert load().hash == built.hash
+    assert load().hash == load(stage=2).hash == changed.hash

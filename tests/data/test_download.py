@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,8 +15,8 @@ from pathlib import Path
 import gin
 import pytest
 
-from data import download, ml1m
-from data.download import Remote, fetch, obtain, unpack
+from data import ml1m
+from data.download import RemoteFile, ensure_raw_files, fetch, unpack
 from data.processed import RecDataset, load_corpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -86,13 +87,13 @@ def server():
 def waits(monkeypatch) -> list[float]:
     """The seconds that would have been waited."""
     waited = []
-    monkeypatch.setattr(download.time, "sleep", waited.append)
+    monkeypatch.setattr(time, "sleep", waited.append)
     return waited
 
 
-def archive(*urls: str, content: bytes | None = GOOD) -> Remote:
+def archive(*urls: str, content: bytes | None = GOOD) -> RemoteFile:
     checksum = f"md5:{hashlib.md5(content).hexdigest()}" if content else None
-    return Remote("ml-1m.zip", urls, checksum, {name: f"ml-1m/{name}" for name in ml1m.FILES})
+    return RemoteFile("ml-1m.zip", urls, checksum, {name: f"ml-1m/{name}" for name in ml1m.FILES})
 
 
 def link(name: str) -> bytes:
@@ -126,7 +127,7 @@ HOSTILE = {
 
 def test_an_error_then_a_truncated_body_then_the_right_one(tmp_path, server, waits, capsys):
     remote = archive(server.url("/ml-1m.zip", 500, (CUT, GOOD), GOOD))
-    assert obtain(((remote,),), tmp_path / "raw", tmp_path / "raw") == ml1m.FILES
+    assert ensure_raw_files(((remote,),), tmp_path / "raw", tmp_path / "raw") == ml1m.FILES
     assert (tmp_path / "raw/movies.dat").read_bytes() == MOVIES
     assert (tmp_path / "raw/ratings.dat").read_bytes() == RATINGS
     assert sorted(os.listdir(tmp_path / "raw")) == ["ml-1m.zip", "movies.dat", "ratings.dat"]
@@ -147,11 +148,11 @@ def test_mirrors_are_asked_in_turn_and_those_that_refuse_only_once(tmp_path, ser
 
 def test_a_web_page_is_not_taken_for_an_archive_without_a_checksum(tmp_path, server, waits):
     for name in ("a.zip", "a.json.gz"):
-        remote = Remote(name, (server.url("/drive", HTML),))
+        remote = RemoteFile(name, (server.url("/drive", HTML),))
         with pytest.raises(ConnectionError, match="begins with b.<!DOCTYPE html>"):
             fetch(remote, tmp_path)
     for whole in (GOOD, gzip.compress(b"x" * 9999)):
-        remote = Remote("a.zip" if whole is GOOD else "a.json.gz", (server.url("/half", whole[:-20]),))
+        remote = RemoteFile("a.zip" if whole is GOOD else "a.json.gz", (server.url("/half", whole[:-20]),))
         with pytest.raises(ConnectionError, match="it is no (zip|gzip) file"):
             fetch(remote, tmp_path)
     assert waits == [] and not os.listdir(tmp_path)
@@ -160,7 +161,7 @@ def test_a_web_page_is_not_taken_for_an_archive_without_a_checksum(tmp_path, ser
 def test_a_wrong_checksum_is_one_clear_error(tmp_path, server, waits):
     remote = archive(server.url("/ml-1m.zip", zipped(**{"ml-1m/movies.dat": b"other"})))
     with pytest.raises(FileNotFoundError) as raised:
-        obtain(((remote,),), tmp_path / "raw", tmp_path / "raw")
+        ensure_raw_files(((remote,),), tmp_path / "raw", tmp_path / "raw")
     assert "does not match the known hash" in str(raised.value) and len(server.asked) == 1
     assert f"Put movies.dat, ratings.dat into {tmp_path / 'raw'} (or ml-1m.zip into {tmp_path / 'raw'})" in str(
         raised.value
@@ -188,10 +189,10 @@ def test_offline_the_error_says_which_files_to_put_where_and_does_not_wait(tmp_p
 
 def test_the_second_source_serves_when_the_first_fails(tmp_path, server, waits):
     first = archive(server.url("/ml-1m.zip", 404))
-    second = Remote("reviews.json.gz", (server.url("/reviews", gzip.compress(b"{}")),))
-    assert obtain(((first,), (second,)), tmp_path / "raw", tmp_path) == ("reviews.json.gz",)
+    second = RemoteFile("reviews.json.gz", (server.url("/reviews", gzip.compress(b"{}")),))
+    assert ensure_raw_files(((first,), (second,)), tmp_path / "raw", tmp_path) == ("reviews.json.gz",)
     server.asked.clear()
-    assert obtain(((first,), (second,)), tmp_path / "raw", tmp_path) == ("reviews.json.gz",)
+    assert ensure_raw_files(((first,), (second,)), tmp_path / "raw", tmp_path) == ("reviews.json.gz",)
     assert server.asked == []
 
 
@@ -199,10 +200,10 @@ def test_an_archive_of_other_contents_is_not_kept_and_the_second_source_serves(t
     for content in (HOSTILE["a path upwards"][0], HOSTILE["a missing member"][0]):
         first = archive(server.url("/ml-1m.zip", content), content=None)
         with pytest.raises(FileNotFoundError, match=r"(?s)ml-1m.zip can't be used \(it holds"):
-            obtain(((first,),), tmp_path / "raw", tmp_path)
+            ensure_raw_files(((first,),), tmp_path / "raw", tmp_path)
         assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
-    second = Remote("reviews.json.gz", (server.url("/reviews", gzip.compress(b"{}")),))
-    assert obtain(((first,), (second,)), tmp_path / "raw", tmp_path) == ("reviews.json.gz",)
+    second = RemoteFile("reviews.json.gz", (server.url("/reviews", gzip.compress(b"{}")),))
+    assert ensure_raw_files(((first,), (second,)), tmp_path / "raw", tmp_path) == ("reviews.json.gz",)
 
 
 def test_files_placed_by_hand_are_used_as_they_are(tmp_path, server, waits):
@@ -210,7 +211,7 @@ def test_files_placed_by_hand_are_used_as_they_are(tmp_path, server, waits):
     (tmp_path / "ml-1m.zip").write_bytes(GOOD[:-1] + b"\0")  # other bytes than the checksum's, still a zip file
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/movies.dat").write_bytes(b"mine")
-    obtain(((remote,),), tmp_path / "raw", tmp_path)
+    ensure_raw_files(((remote,),), tmp_path / "raw", tmp_path)
     assert (tmp_path / "raw/movies.dat").read_bytes() == b"mine"
     assert (tmp_path / "raw/ratings.dat").read_bytes() == RATINGS and server.asked == []
     assert sorted(os.listdir(tmp_path / "raw")) == ["movies.dat", "ratings.dat"]

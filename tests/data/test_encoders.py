@@ -75,9 +75,8 @@ def test_the_largest_dim_is_named_and_works():
         encoded(TfidfSvd(), TEXTS)
     largest = int(str(raised.value).rpartition(" ")[2])
     assert encoded(TfidfSvd(dim=largest), TEXTS).shape == (7, largest)
-    for dim in (largest + 1, 0):
-        with pytest.raises(ValueError, match=f"the largest possible value is {largest}"):
-            encoded(TfidfSvd(dim=dim), TEXTS)
+    with pytest.raises(ValueError, match=f"the largest possible value is {largest}"):
+        encoded(TfidfSvd(dim=largest + 1), TEXTS)
 
 
 def test_texts_without_terms_are_refused():
@@ -185,7 +184,7 @@ def test_precision_normalization_and_prompt(model_folder):
     assert not np.array_equal(half.encode(TEXTS), values)
     assert len({encoder.identity for encoder in (plain, normalized, prompted, half)}) == 4
     assert plain.identity == SentenceEncoder(model, batch_size=2, chunk_items=3, device="cpu").identity
-    with pytest.raises(ValueError, match="one of float32, bfloat16, float16, not 'int8'"):
+    with pytest.raises(ValueError, match="SentenceEncoder.precision = 'int8': Input should be 'float32'"):
         SentenceEncoder(model, precision="int8")
 
 

@@ -1,5 +1,4 @@
 import re
-import select
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -9,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.schemas import Interactions
 from data.corpus import Corpus
 from data.encoders import TfidfSvd
 from data.features import FeatureSource, ItemFeatures, item_features
 from data.items import Items
 from data.processed import RecDataset, load_corpus
-from data.schemas import Interactions
 
 REPOSITORY = Path(__file__).parents[2]
 TEXTS = [
@@ -67,7 +66,7 @@ def test_features_are_encoded_once_and_memory_mapped(tmp_path):
     second = compute(make(), [encoder], tmp_path)
     assert encoder.calls == [TEXTS]
     assert isinstance(second.values, np.memmap) and second.values.dtype == np.float32
-    assert (second.n_cat_features, second.identity) == (0, "lengths")
+    assert (second.fitted.n_cat_features, second.fitted.identity) == (0, "lengths")
     np.testing.assert_array_equal(first.values, [[len(text), text.count(" ")] for text in TEXTS])
     np.testing.assert_array_equal(second.values, first.values)
     compute(make(), [encoder], tmp_path, force=True)
@@ -140,13 +139,13 @@ def test_several_sources_stand_side_by_side_with_equal_total_variance(tmp_path):
     sources = [Lookup("loud", loud), Lookup("quiet", quiet, True), Lookup("constant", constant)]
     groups = [["b", "a"], [], ["c"], ["a"], ["b", "b"], ["Z"], []]
     built = compute(make(categories=groups), sources, tmp_path, categories=True)
-    assert built.identity == "loud + quiet + constant + 4 categories" and built.n_cat_features == 4
+    assert built.fitted.identity == "loud + quiet + constant + 4 categories" and built.fitted.n_cat_features == 4
     assert built.values.shape == (7, 3 + 2 + 1 + 4) and np.isfinite(built.values).all()
     for block, source in ((built.values[:, :3], loud), (built.values[:, 3:5], quiet)):
         assert np.trace(np.cov(block.T, bias=True)) == pytest.approx(1, rel=1e-5)
         np.testing.assert_allclose(block / block[0, 0], source / source[0, 0], rtol=1e-4)  # one number for all
     assert np.ptp(built.values[:, 5]) == 0
-    assert built.from_interactions.tolist() == 3 * [False] + 2 * [True] + 5 * [False]
+    assert built.fitted.from_interactions.tolist() == 3 * [False] + 2 * [True] + 5 * [False]
     assert set(np.unique(built.values[:, 6:])) == {0, 1}, "categories are not scaled"
     np.testing.assert_array_equal(compute(make(), sources[:1], tmp_path).values, loud.astype(np.float32))
 
@@ -161,19 +160,19 @@ def test_categories_are_trailing_columns_sorted_by_name(tmp_path):
     for _ in range(2):
         features = compute(make(categories=groups), [Lengths()], tmp_path, categories=True)
         assert features.values.shape == (7, 2 + 4) and features.values.dtype == np.float32
-        assert features.n_cat_features == 4
+        assert features.fitted.n_cat_features == 4
         expected = [[name in group for name in ("Z", "a", "b", "c")] for group in groups]
         np.testing.assert_array_equal(features.values[:, 2:], expected)
         np.testing.assert_array_equal(features.values[:, 0], [len(text) for text in TEXTS])
     changed = make(categories=[["b"], *groups[1:]])
     assert compute(changed, [Lengths()], tmp_path, categories=True).values[0, 3] == 0
     plain = compute(changed, [Lengths()], tmp_path)
-    assert plain.identity != features.identity and plain.values.shape == (7, 2)
+    assert plain.fitted.identity != features.fitted.identity and plain.values.shape == (7, 2)
 
 
 def test_no_categories_are_no_columns(tmp_path):
     features = compute(make(), [Lengths()], tmp_path, categories=True)
-    assert features.n_cat_features == 0 and features.values.shape == (7, 2)
+    assert features.fitted.n_cat_features == 0 and features.values.shape == (7, 2)
 
 
 def test_too_many_categories_are_refused(tmp_path):
@@ -232,7 +231,7 @@ def test_a_damaged_cached_file_is_named(tmp_path, content):
 def test_cached_features_need_no_library_that_made_them(tmp_path):
     corpus = load_corpus(RecDataset.SAMPLE, str(tmp_path))
     built = compute(corpus, [TfidfSvd(dim=4, ngrams=1, min_df=50)], tmp_path, categories=True)
-    assert built.values.shape == (9742, 4 + 19) and built.n_cat_features == 19
+    assert built.values.shape == (9742, 4 + 19) and built.fitted.n_cat_features == 19
     code = f"""
 import sys
 for module in ("polars", "sklearn", "scipy", "sentence_transformers", "transformers"):
@@ -275,9 +274,8 @@ def test_two_runs_that_need_the_same_features_encode_them_once(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": REPOSITORY, "text": True}
     command = [sys.executable, "-c", TWO_RUNS, str(tmp_path)]
     with subprocess.Popen(command, **pipes) as one, subprocess.Popen(command, **pipes) as two:
-        first, _, _ = select.select([one.stdout, two.stdout], [], [])
-        one, two = (one, two) if first[0] is one.stdout else (two, one)
-        assert one.stdout.readline() == "encoding\n"
-        assert f"features: waiting for process {one.pid} on" in two.stdout.readline()
+        said = {process.stdout.readline(): process for process in (one, two)}
+        one, [(line, two)] = said.pop("encoding\n"), said.items()
+        assert f"features: waiting for process {one.pid} on" in line
         outputs = [one.communicate("\n")[0], two.communicate()[0]]
     assert [output.splitlines()[-1] for output in outputs] == ["4", "0"]  # chunks of 2 texts

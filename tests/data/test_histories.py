@@ -79,7 +79,7 @@ def test_numbers_are_keys_as_text_has_them(tmp_path):
         ("h.csv", "", "empty CSV"),
         ("h.csv", "user,items\n", "holds no history"),
         ("h.csv", "user,thing\na,1\n", "has no column 'items', .* its columns are user, thing"),
-        ("h.csv", "user,items\na,1,2\n", "line 2: 3 fields where the header has 2"),
+        ("h.csv", "user,items\na,1,2\n", "line 2, row 1: 3 fields where the header has 2"),
         ("h.csv", "user,items\na,1\n,2\n", "row 2: there is no 'user'"),
         ("h.csv", "user,item,timestamp\na,1,never\n", "row 1: 'timestamp' must be a number"),
         ("h.tsv", "items\n1\n", "has no column 'user'; its columns are items"),

@@ -43,7 +43,7 @@ def test_the_real_files(tmp_path):
 
     assert corpus.texts()[0] == "Toy Story (1995). Genres: Animation, Children's, Comedy."
     assert any("é" in text for text in corpus.texts()) and not any("\ufffd" in text for text in corpus.texts())
-    assert len({name for group in corpus.items["categories"].to_list() for name in group}) == 18
+    assert len({name for group in corpus.categories() for name in group}) == 18
 
 
 def test_what_is_read(tmp_path):
@@ -57,7 +57,7 @@ def test_what_is_read(tmp_path):
         "Heat, The :Film: (1995). Genres: Action.",
         "Alone.",
     ]
-    assert corpus.items["categories"].to_list() == [["Comedy", "Romance"], ["Action"], []]
+    assert corpus.categories() == [["Comedy", "Romance"], ["Action"], []]
     windows = {name: content.replace(b"\n", b"\r\n") for name, content in GOOD.items()}
     assert read_ml1m(write(tmp_path, **{k[:-4]: v for k, v in windows.items()}), "tiny").hash == corpus.hash
 
@@ -66,11 +66,11 @@ BAD = [
     ("ratings", b"1::7::5::20\n1::7::5\n", "line 2: 3 fields where there must be 4"),
     ("ratings", b"1::7::5::20\n1::7::5::2::9\n", "line 2: 5 fields where there must be 4"),
     ("ratings", b"1::7::5::20\n\n1::7::5::2\n", "line 2: 1 fields"),
-    ("ratings", b"1::7::5::x\n", "line 1: 'x' must be a whole number"),
-    ("ratings", b"1::7::5::\n", "line 1: '' must be a whole number"),
-    ("ratings", b"1::8::5::20\n", "line 1: movieId 8 is not in movies.dat"),
+    ("ratings", b"1::7::5::x\n", "line 1: timestamp must be a number, not 'x'"),
+    ("ratings", b"1::7::5::\n", "line 1: timestamp must be a number, not ''"),
+    ("ratings", b"1::8::5::20\n", "line 1: movieId 8 is not among the movies"),
     ("ratings", b"1:7:5:20\n", "line 1: 1 fields"),
-    ("ratings", b"1::\xe9::5::20\n", "line 1: 'é' must be a whole number"),
+    ("ratings", b"1::\xe9::5::20\n", "line 1: movieId must be a number, not 'é'"),
     ("movies", b"7::Heat\n", "line 1: must be a number::title::genres, not '7::Heat'"),
     ("movies", b"7::Heat::A\nx::Heat::A\n", "line 2: must be a number::title::genres"),
     ("movies", b"7:: ::A\n", "line 1: every movie needs a title"),

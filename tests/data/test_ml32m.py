@@ -1,4 +1,5 @@
 import csv
+import math
 import re
 import tempfile
 from collections import Counter, defaultdict
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from data.corpus import Corpus
 from data.ml32m import read_movielens
+from data.splits import Splits, leave_one_out, temporal
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample"
 HEADERS = {
@@ -33,18 +35,24 @@ def write(folder: Path, **contents: str | bytes) -> Path:
     return folder
 
 
-def expected(folder: Path) -> dict:
-    """The same corpus by the standard library, row by row."""
+def expected(folder: Path, cut: float = math.inf) -> dict:
+    """The same corpus by the standard library, row by row. cut: the time that the temporal split has; without one, of
+    leave-one-out."""
     movies = list(csv.DictReader((folder / "movies.csv").open(encoding="utf-8", newline="")))
     ratings = list(csv.DictReader((folder / "ratings.csv").open(encoding="utf-8", newline="")))
-    tags: dict[str, Counter] = defaultdict(Counter)
-    for row in csv.DictReader((folder / "tags.csv").open(encoding="utf-8", newline="")):
-        tags[row["movieId"]][" ".join(row["tag"].split()).lower()] += 1
     number = {row["movieId"]: n for n, row in enumerate(movies)}
     users: dict[int, list] = defaultdict(list)
     for row in ratings:
         users[int(row["userId"])].append((int(row["timestamp"]), number[row["movieId"]]))
     rows = [sorted(users[user], key=lambda pair: pair[0]) for user in sorted(users)]
+    held_out = set()
+    for user, row in zip(sorted(users), rows, strict=True):
+        last = [pair for pair in row if pair[0] >= cut] if cut < math.inf else row[-2:] if len(row) > 2 else []
+        held_out |= {(user, item) for _, item in last}
+    tags: dict[str, Counter] = defaultdict(Counter)
+    for row in csv.DictReader((folder / "tags.csv").open(encoding="utf-8", newline="")):
+        if int(row["timestamp"]) < cut and (int(row["userId"]), number[row["movieId"]]) not in held_out:
+            tags[row["movieId"]][" ".join(row["tag"].split()).lower()] += 1
     texts = []
     for movie in movies:
         title = " ".join(movie["title"].split())
@@ -63,7 +71,8 @@ def expected(folder: Path) -> dict:
     }
 
 
-def found(corpus: Corpus) -> dict:
+def found(corpus: Corpus, splits: Splits) -> dict:
+    corpus.apply_split(splits)
     return {
         "item_keys": corpus.item_keys,
         "user_keys": corpus.user_keys,
@@ -77,12 +86,17 @@ def found(corpus: Corpus) -> dict:
 def test_the_sample_is_what_row_by_row_reading_gives():
     corpus = read_movielens(SAMPLE, "sample")
     assert (corpus.n_users, corpus.n_items, len(corpus.interactions)) == (610, 9742, 100_836)
-    assert found(corpus) == expected(SAMPLE)
-    genres = {name for group in corpus.items["categories"].to_list() for name in group}
+    assert corpus.texts()[0] == "Toy Story (1995). Genres: Adventure, Animation, Children, Comedy, Fantasy."
+    before = corpus.text_hash
+    assert found(corpus, leave_one_out(corpus.interactions)) == expected(SAMPLE)
+    assert corpus.text_hash != before
+    genres = {name for group in corpus.categories() for name in group}
     assert len(genres) == 19 and "(no genres listed)" not in genres
     assert corpus.texts()[0] == (
         "Toy Story (1995). Genres: Adventure, Animation, Children, Comedy, Fantasy. Tags: pixar, fun."
     )
+    cut = sorted(corpus.interactions.timestamps.tolist())[round(0.8 * 100_836)]
+    assert found(corpus, temporal(corpus.interactions)) == expected(SAMPLE, cut)
 
 
 def test_the_sample_carries_its_licence_and_all_files_unchanged():
@@ -126,7 +140,8 @@ def test_any_files_are_read_as_row_by_row(raw):
         for file, header in HEADERS.items():
             with (folder / file).open("w", encoding="utf-8", newline="") as output:
                 csv.writer(output, lineterminator="\n").writerows([header, *raw[file.removesuffix(".csv")]])
-        assert found(read_movielens(folder, "drawn")) == expected(folder)
+        corpus = read_movielens(folder, "drawn")
+        assert found(corpus, leave_one_out(corpus.interactions)) == expected(folder)
 
 
 def test_ties_keep_the_file_order_and_users_sort_by_number(tmp_path):
@@ -139,8 +154,9 @@ def test_ties_keep_the_file_order_and_users_sort_by_number(tmp_path):
 
 def test_only_the_ten_most_frequent_tags_ties_by_alphabet(tmp_path):
     tags = "".join(f"1,5,{letter},1\n" for letter in "lkjihgfedcbaKK")
-    text = read_movielens(write(tmp_path, tags=tags), "tiny").texts()[0]
-    assert text == "Heat (1995). Genres: Action, Crime. Tags: k, a, b, c, d, e, f, g, h, i."
+    corpus = read_movielens(write(tmp_path, tags=tags), "tiny")
+    corpus.apply_split(leave_one_out(corpus.interactions))
+    assert corpus.texts()[0] == "Heat (1995). Genres: Action, Crime. Tags: k, a, b, c, d, e, f, g, h, i."
 
 
 def test_windows_line_ends_byte_order_mark_and_quoted_line_breaks(tmp_path):
@@ -150,6 +166,7 @@ def test_windows_line_ends_byte_order_mark_and_quoted_line_breaks(tmp_path):
         (tmp_path / file).write_bytes(b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"))
     assert read_movielens(tmp_path, "tiny").hash == plain.hash
     corpus = read_movielens(write(tmp_path, movies='5,"A ""B"",\nC.",X\n2,D,(no genres listed)\n'), "tiny")
+    corpus.apply_split(leave_one_out(corpus.interactions))
     assert corpus.texts() == ['A "B", C. Genres: X. Tags: pacino.', "D."]
 
 
@@ -162,7 +179,7 @@ BAD = [
     ("ratings", "1,5,4.0,100\nx,5,4.0,100\n", "line 3: userId must be a number, not 'x'"),
     ("ratings", "1,5,4.0,\n", "line 2: timestamp must be a number, not ''"),
     ("ratings", "1,5,4.0,1.5\n", "line 2: timestamp must be a number"),
-    ("ratings", "1,5,4.0,100\n1,7,4.0,100\n", "line 3: movieId 7 is not in movies.csv"),
+    ("ratings", "1,5,4.0,100\n1,7,4.0,100\n", "line 3: movieId 7 is not among the movies"),
     ("ratings", "1,\xe9,4.0,100\n".encode("latin-1"), "line 2: the bytes are not UTF-8"),
     ("movies", "5,Heat\n2,M,X\n", "line 2: 2 fields where there must be 3"),
     ("movies", "5,Heat,X\ntwo,M,X\n", "line 3: movieId must be a number, not 'two'"),
@@ -172,7 +189,7 @@ BAD = [
     ("movies", '5,"Heat,X\n2,M,X\n', "line 2: "),
     ("movies", "", "there must be a movie"),
     ("tags", "1,5,a,1\n1,5,a\n", "line 3: 3 fields where there must be 4"),
-    ("tags", "1,7,a,1\n", "line 2: movieId 7 is not in movies.csv"),
+    ("tags", "1,7,a,1\n", "line 2: movieId 7 is not among the movies"),
     ("tags", '1,5,"a\nb",1\n1,5,c,then\n', "line 4: timestamp must be a number, not 'then'"),
     ("tags", b"1,5,\xff,1\n", "line 2: the bytes are not UTF-8"),
 ]

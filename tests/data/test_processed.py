@@ -129,10 +129,11 @@ import sys
 for module in ("polars", "sklearn", "sentence_transformers", "pandas", "pyarrow"):
     sys.modules[module] = None  # importing it raises ImportError
 from data.processed import RecDataset, load_corpus
-print(load_corpus(RecDataset.AMAZON, {str(folder)!r}, "beauty").hash)
+corpus = load_corpus(RecDataset.AMAZON, {str(folder)!r}, "beauty")
+print(corpus.hash, corpus.texts()[0], corpus.categories()[0])
 """
     output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert output.stdout.strip() == built.hash, output.stderr
+    assert output.stdout.strip() == f"{built.hash} {built.texts()[0]} {built.categories()[0]}", output.stderr
 
 
 def test_the_sample_loads_from_the_repository(tmp_path):

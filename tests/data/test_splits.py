@@ -9,10 +9,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from common.schemas import Interactions, Samples
+from data.batches import SequenceSource
 from data.cooccurrence import mutual_information
-from data.schemas import Interactions, Samples
 from data.splits import draw_splits, drawn, every_prefix, leave_one_out, shuffle_ties, temporal, windows
-from data.utils import SequenceSource
 
 lengths_strategy = st.lists(st.integers(1, 50), min_size=1, max_size=12)
 LARGEST = math.nextafter(1.0, 0.0)
@@ -175,7 +175,7 @@ def test_what_comes_after_the_cut_reaches_neither_features_nor_training_batches(
 
 
 @settings(deadline=None, max_examples=40)
-@given(timed, st.integers(0, 2**40))
+@given(timed, st.integers(0, 2**32 - 1))
 def test_shuffled_ties_stay_with_their_user_and_moment_and_are_split(rows, seed):
     interactions = with_times(rows)
     shuffled = shuffle_ties(interactions, seed)
@@ -206,9 +206,9 @@ def test_splits_that_cannot_be_drawn_are_refused():
     with pytest.raises(ValueError, match="needs timestamps"):
         temporal(make([5, 5]))
     for shares in ((0, 0.1), (0.1, 0), (0.5, 0.5), (-0.1, 0.2)):
-        with pytest.raises(ValueError, match="must be positive"):
+        with pytest.raises(ValueError, match="must have a sum below 1|Input should be greater than 0"):
             temporal(with_times([[1, 2, 3]]), *shares)
-    with pytest.raises(ValueError, match="leave-one-out, temporal, not 'random'"):
+    with pytest.raises(ValueError, match="split.kind = 'random': Input should be 'leave-one-out' or 'temporal'"):
         draw_splits("random", make([5]))
     assert draw_splits("leave-one-out", make([5])).name == "leave-one-out"
     assert draw_splits("temporal", with_times([[*range(50)]])).name == "temporal 80/10/10 %"

@@ -19,7 +19,7 @@ def write(path, values=VALUES, keys=KEYS, column="embedding") -> str:
     elif path.suffix == ".safetensors":
         save_file({column: torch.from_numpy(np.asarray(values)), "other": torch.zeros(1)}, path)
     else:
-        pl.DataFrame({"item": keys, column: [list(map(float, row)) for row in values]}).write_parquet(path)
+        pl.DataFrame({"item": keys, column: [np.asarray(row).tolist() for row in values]}).write_parquet(path)
     return str(path)
 
 
@@ -51,6 +51,10 @@ def test_a_parquet_file_is_matched_by_id_and_may_hold_more(tmp_path):
 BAD = [
     ("v.npy", {"values": VALUES[:6]}, "holds [6, 3], corpus 'tiny' needs [7, D]"),
     ("v.npy", {"values": VALUES[0]}, "holds [3]"),
+    ("v.npy", {"values": [["a"]] * 7}, "holds <U1; vectors are of real numbers"),
+    ("v.npy", {"values": [[1j]] * 7}, "holds complex128; vectors are of real numbers"),
+    ("v.npy", {"values": [[1.0]] * 6 + [[np.inf]]}, "the vector of item 'key6' is not finite"),
+    ("v.parquet", {"values": ["a"] * 7}, "'embedding' must hold lists of numbers, not String"),
     ("v.safetensors", {"column": "x"}, "has no tensor 'embedding'; it has other, x"),
     ("v.parquet", {"values": VALUES[:5], "keys": KEYS[:5]}, "has no vector of item 'key5', and of 2 items in all"),
     ("v.parquet", {"keys": KEYS[:6] + ["key0"]}, "item 'key0' has several vectors"),

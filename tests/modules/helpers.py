@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from data.schemas import SeqBatch
+from common.schemas import SeqBatch
 from modules.model import EncoderDecoderRetrievalModel
 from modules.transformer.attention import RelativePositionBias, SelfAttention
 from modules.transformer.model import AddNorm
 from modules.tree import Tree
-from ops.jagged import JaggedTensor
+from tests.ops.rows import jagged
 
 
 def random_catalogue(
@@ -42,7 +42,7 @@ def make_batch(histories: list[list[int]], targets: list[list[int]], users=None)
     """From item ids; users are numbered if not given."""
     users = list(range(len(histories))) if users is None else users
     rows = ([torch.tensor(row, dtype=torch.int64) for row in part] for part in (histories, targets))
-    return SeqBatch(torch.tensor(users), *(JaggedTensor.from_rows(part) for part in rows))
+    return SeqBatch(torch.tensor(users), *(jagged(part) for part in rows))
 
 
 def dense_attention(layer, x: Tensor, memory: Tensor, visible: Tensor, bias: Tensor | float = 0.0) -> Tensor:

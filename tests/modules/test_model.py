@@ -153,9 +153,9 @@ def test_targets_of_weight_0_leave_loss_and_gradients_as_they_were(layout):
     else:
         histories, targets, extra = [[1, 2, 3], [5, 6]], [[2, 3, 8], [6, 9]], [[4, 7], [3]]
     model, results = make_model(CODES, **LAYOUTS[layout]).double(), []
-    for fillers in ([], extra):
-        own = [[0] * (1 if layout == "bidirectional" else len(row)) for row in fillers]
-        batch = make_batch(histories + fillers, targets + own)
+    for padding in ([], extra):
+        own = [[0] * (1 if layout == "bidirectional" else len(row)) for row in padding]
+        batch = make_batch(histories + padding, targets + own)
         weights = torch.tensor([1.0] * sum(map(len, targets)) + [0.0] * sum(map(len, own)))
         out = model(dataclasses.replace(batch, target_weights=weights))
         results.append([out.loss, *torch.autograd.grad(out.loss, list(model.parameters()), allow_unused=True)])

@@ -264,14 +264,6 @@ def test_values_apart_by_rounding_are_ties_that_the_first_wins():
     assert first_smallest(rows[:, [0, 2, 1, 3]].float()).tolist() == [1, 0, 2]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"distance": "l1"}, "distance is 'l1'"),
-        ({"update": "adam"}, "update is 'adam'"),
-        ({"update": "ema", "sim_vq": True}, "not with SimVQ"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        make(QuantizeMode.STE, **options)
+def test_averages_are_not_of_mapped_codes():
+    with pytest.raises(ValueError, match="goes with neither codebook_sim_vq"):
+        make(QuantizeMode.STE, update="ema", sim_vq=True)

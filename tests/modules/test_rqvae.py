@@ -232,8 +232,8 @@ def test_a_missing_file_is_named(tmp_path, name):
         ({"hidden_dims": 16}, "RqVae.hidden_dims.* = 16: Input should be a valid tuple"),
         ({"n_cat_features": 9}, "RqVae.n_cat_features is 9; the input has 9 columns"),
         ({"n_cat_features": -1}, "RqVae.n_cat_features = -1: Input should be greater than or equal to 0"),
-        ({"activation": "tanh"}, "activation is 'tanh'"),
-        ({"codebook_distance": "l1"}, "distance is 'l1'"),
+        ({"activation": "tanh"}, "RqVae.activation = 'tanh': Input should be 'relu' or 'silu'"),
+        ({"codebook_distance": "l1"}, "RqVae.codebook_distance = 'l1': Input should be"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

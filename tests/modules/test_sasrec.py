@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.schemas import SeqBatch
+from common.schemas import SeqBatch
 from modules.sasrec import SasRec
 from ops.jagged import JaggedTensor
+from tests.ops.rows import jagged
 
 N_ITEMS, MAX_ITEMS, DIM, HEADS = 23, 6, 16, 2
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
@@ -37,7 +38,7 @@ def one_user(model: SasRec, items: torch.Tensor) -> torch.Tensor:
 
 def rows(lengths: list[int]) -> JaggedTensor:
     histories = [torch.randint(0, N_ITEMS, (n,)) for n in lengths]
-    return JaggedTensor.from_rows(histories)
+    return jagged(histories)
 
 
 def test_states_loss_and_gradients_are_those_of_a_loop_over_users():
@@ -45,7 +46,7 @@ def test_states_loss_and_gradients_are_those_of_a_loop_over_users():
     exact = copy.deepcopy(model).double()
     history = rows([3, MAX_ITEMS, 1, 4])
     targets = torch.randint(0, N_ITEMS, (14,))
-    weights = torch.tensor([1.0] * 10 + [0.0] * 4)  # the last row is filler
+    weights = torch.tensor([1.0] * 10 + [0.0] * 4)  # the last row is padding
     batch = SeqBatch(torch.zeros(4), history, history.with_values(targets), target_weights=weights)
 
     bounds = history.offsets.tolist()

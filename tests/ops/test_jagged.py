@@ -1,43 +1,27 @@
-"""The jagged operations against loops over the rows and torch's own attention."""
+"""Rows of different lengths against lists of rows."""
 
-import math
-
-import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from ops import jagged, reference
-from ops.jagged import JaggedTensor, jagged_attention, lengths_to_offsets
+from ops.jagged import JaggedTensor, jagged_to_padded, lengths_to_offsets, padded_to_jagged, row_indices
+from tests.ops.rows import jagged, random_rows, split
 
 lengths_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=6)
-HEADS, DIM = 2, 3
-
-
-def random_rows(lengths: list[int], *shape: int, seed: int = 0, slack: int = 0, dtype=torch.float64) -> JaggedTensor:
-    """Rows of noise; `slack`: by how much max_length is above the longest row."""
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(sum(lengths), *shape, dtype=dtype, generator=generator)
-    return JaggedTensor(values, torch.tensor([0, *lengths]).cumsum(0), max(lengths) + slack)
-
-
-def split(jagged: JaggedTensor) -> list[Tensor]:
-    return list(jagged.values.split(jagged.lengths.tolist()))
+DIM = 3
 
 
 @settings(deadline=None, max_examples=25)
 @given(lengths_strategy)
 def test_rows_have_lengths_offsets_and_positions(lengths):
     rows = [torch.randn(length, DIM) for length in lengths]
-    joined = JaggedTensor.from_rows(rows)
+    joined = jagged(rows)
     assert all(torch.equal(*pair) for pair in zip(split(joined), rows, strict=True))
-    assert joined.offsets.tolist() == [sum(lengths[:b]) for b in range(len(lengths) + 1)]
-    assert joined.offsets.dtype == torch.int64 and torch.equal(lengths_to_offsets(joined.lengths), joined.offsets)
+    assert torch.equal(lengths_to_offsets(torch.tensor(lengths)), joined.offsets)
     assert joined.lengths.tolist() == lengths and joined.batch_size == len(lengths)
-    assert joined.max_length == max(lengths)
     assert joined.positions().tolist() == [place for length in lengths for place in range(length)]
+    owners = row_indices(joined.offsets, sum(lengths))
+    assert owners.tolist() == [row for row, length in enumerate(lengths) for _ in range(length)]
     doubled = joined.with_values(joined.values * 2)
     assert torch.equal(doubled.offsets, joined.offsets) and torch.equal(split(doubled)[-1], rows[-1] * 2)
 
@@ -45,170 +29,15 @@ def test_rows_have_lengths_offsets_and_positions(lengths):
 @settings(deadline=None, max_examples=25)
 @given(lengths_strategy, st.integers(0, 3))
 def test_padding_and_back(lengths, slack):
-    jagged = random_rows(lengths, DIM, slack=slack)
-    padded = reference.jagged_to_padded(jagged.values, jagged.offsets, jagged.max_length, -7)
+    rows = random_rows(lengths, DIM, slack=slack)
+    padded = jagged_to_padded(rows.values, rows.offsets, rows.max_length)
     assert padded.shape == (len(lengths), max(lengths) + slack, DIM)
-    for row, expected in zip(padded, split(jagged), strict=True):
-        assert torch.equal(row[: len(expected)], expected) and bool((row[len(expected) :] == -7).all())
-    assert torch.equal(reference.padded_to_jagged(padded, jagged.offsets, sum(lengths)), jagged.values)
+    for row, expected in zip(padded, split(rows), strict=True):
+        assert torch.equal(row[: len(expected)], expected) and not row[len(expected) :].any()
+    assert torch.equal(padded_to_jagged(padded, rows.offsets, sum(lengths)), rows.values)
 
 
 def test_uniform_rows_are_a_matrix():
     matrix = torch.randn(3, 4, DIM)
-    jagged = JaggedTensor.uniform(matrix)
-    assert torch.equal(torch.stack(split(jagged)), matrix) and jagged.max_length == 4
-
-
-def attention_by_row(query, key, value, bias, key_limits, scale) -> Tensor:
-    """torch's own attention, one row and one query at a time, over the keys that the query sees."""
-    limits = key_limits.split(query.lengths.tolist()) if key_limits is not None else [None] * query.batch_size
-    outputs = []
-    values = value.split(key.lengths.tolist())
-    for q, k, v, limit in zip(split(query), split(key), values, limits, strict=True):
-        for i in range(len(q)):
-            seen = len(k) if limit is None else min(int(limit[i]), len(k))
-            if seen == 0:
-                outputs.append(q[i] * 0)
-                continue
-            mask = None
-            if bias is not None:
-                radius, place = bias.shape[1] // 2, i if limit is None else seen - 1
-                distances = [max(-radius, min(radius, j - place)) for j in range(seen)]
-                mask = torch.stack([bias[:, radius + distance] for distance in distances], -1)[:, None]  # [H, 1, seen]
-            heads = [t.transpose(0, 1) for t in (q[i : i + 1], k[:seen], v[:seen])]  # [H, ., D]
-            outputs.append(F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).squeeze(1))
-    return torch.stack(outputs)
-
-
-def pair(key: JaggedTensor, value: Tensor) -> JaggedTensor:
-    """Keys and values side by side."""
-    return key.with_values(torch.stack([key.values, value], 1))
-
-
-def check_attention(query, key, bias=None, key_limits=None, scale=0.7) -> Tensor:
-    """Output and gradients of q, k, v and bias agree with `attention_by_row`; returns the output."""
-    value = torch.randn(key.values.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    leaves = [query.values, key.values, value] + ([bias] if bias is not None else [])
-    for leaf in leaves:
-        leaf.requires_grad_()
-    attended = jagged_attention(query, pair(key, value), bias, key_limits, scale=scale)
-    assert torch.equal(attended.offsets, query.offsets) and attended.max_length == query.max_length
-    expected = attention_by_row(query, key, value, bias, key_limits, scale)
-    torch.testing.assert_close(attended.values, expected, rtol=1e-10, atol=1e-12)
-    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(10))
-    mine = torch.autograd.grad((attended.values * weights).sum(), leaves)
-    theirs = torch.autograd.grad((expected * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
-    for grad, other in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-12)
-    return attended.values
-
-
-rows_strategy = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=5).filter(
-    lambda rows: any(queries for queries, _ in rows)
-)
-
-
-@settings(deadline=None, max_examples=40)
-@given(rows_strategy, st.integers(0, 2), st.sampled_from([None, 0, 2, 9]), st.booleans(), st.data())
-def test_attention_is_that_of_each_row_alone(rows, slack, radius, limited, data):
-    queries, keys = (list(column) for column in zip(*rows, strict=True))
-    query, key = (random_rows(n, HEADS, DIM, seed=i, slack=slack) for i, n in enumerate((queries, keys)))
-    bias = torch.randn(HEADS, 2 * radius + 1, dtype=torch.float64) if radius is not None else None
-    limits = None
-    if limited:  # some beyond the end of the row, which is as good as its end
-        limits = torch.tensor(data.draw(st.lists(st.integers(0, 9), min_size=sum(queries), max_size=sum(queries))))
-    check_attention(query, key, bias, limits)
-
-
-@pytest.mark.parametrize("limited", [True, False])
-def test_attention_over_many_rows_of_all_lengths(limited):
-    """Which are padded in groups."""
-    generator = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randint(0, 9, (80,), generator=generator).tolist() for _ in range(2))
-    query, key = (random_rows(n, HEADS, DIM, seed=i) for i, n in enumerate((queries, keys)))
-    limits = torch.randint(0, 10, (sum(queries),), generator=generator) if limited else None
-    check_attention(query, key, torch.randn(HEADS, 7, dtype=torch.float64), limits)
-
-
-@pytest.mark.parametrize("lengths", [[1], [5], [1, 1, 1], [4, 4], [3, 0, 5], [0, 0, 2]])
-def test_causal_self_attention(lengths):
-    rows = random_rows(lengths, HEADS, DIM)
-    bias = torch.randn(HEADS, 7, dtype=torch.float64)
-    packed = torch.randn(sum(lengths), 3, HEADS, DIM, dtype=torch.float64)
-    query, key, value = packed.unbind(1)
-    places = rows.positions() + 1
-    packed.requires_grad_()
-    out = jagged_attention(rows.with_values(packed), None, bias, causal=True).values
-    leaves = [t.clone().requires_grad_() for t in (query, key, value)]
-    expected = jagged_attention(rows.with_values(leaves[0]), pair(rows.with_values(leaves[1]), leaves[2]), bias, places)
-    assert torch.equal(out, expected.values)
-    grads = torch.autograd.grad(out.square().sum(), packed)[0].unbind(1)
-    theirs = torch.autograd.grad(expected.values.square().sum(), leaves)
-    assert all(torch.equal(*pair) for pair in zip(grads, theirs, strict=True))
-
-
-@pytest.mark.parametrize(("keys", "limits"), [([0, 0], None), ([0, 3], None), ([2, 3], [0, 0, 0]), ([0, 3], [1, 0, 2])])
-@pytest.mark.parametrize("size", [1.0, 1e30])
-def test_queries_without_keys_get_zeros_and_finite_gradients(keys, limits, size):
-    query = random_rows([2, 1], HEADS, DIM, dtype=torch.float32)
-    key = random_rows(keys, HEADS, DIM, dtype=torch.float32)
-    value, bias = torch.randn_like(key.values), torch.zeros(HEADS, 3)
-    leaves = [leaf.requires_grad_() for leaf in (query.values, key.values, value, bias)]
-    limits = torch.tensor(limits) if limits is not None else None
-    out = jagged_attention(query, pair(key, value), bias, limits).values
-    seen = torch.tensor([keys[0], keys[0], keys[1]])
-    blind = (seen if limits is None else torch.minimum(seen, limits)) == 0
-    assert bool(blind.any()) and not out[blind].any() and bool(out[~blind].any(-1).all())
-    grads = torch.autograd.grad((out * size).sum(), leaves)
-    assert all(bool(grad.isfinite().all()) for grad in grads)
-    assert not grads[0][blind].any()
-
-
-def test_attention_gradients_are_those_of_finite_differences():
-    queries, keys = random_rows([2, 0, 1], HEADS, DIM), random_rows([3, 1, 0], HEADS, DIM, seed=1)
-    value, bias = torch.randn_like(keys.values), torch.randn(HEADS, 3, dtype=torch.float64)
-    limits = torch.tensor([1, 3, 2])
-
-    def attend(q, k, v, b):
-        return jagged_attention(queries.with_values(q), pair(keys.with_values(k), v), b, limits, scale=0.5).values
-
-    leaves = [leaf.requires_grad_() for leaf in (queries.values, keys.values, value, bias)]
-    assert torch.autograd.gradcheck(attend, leaves)
-
-
-def test_rows_do_not_see_each_other():
-    query, key = random_rows([3, 2], HEADS, DIM), random_rows([2, 4], HEADS, DIM, seed=1)
-    value = torch.randn_like(key.values)
-    before = jagged_attention(query, pair(key, value)).values
-    poisoned = key.with_values(torch.cat([key.values[:2], torch.full_like(key.values[2:], float("nan"))]))
-    after = jagged_attention(query, pair(poisoned, value)).values
-    assert torch.equal(after[:3], before[:3]) and bool(after[3:].isnan().all())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("loud", [1, 6])
-def test_scores_and_softmax_of_half_precision_accumulate_in_float32(dtype, loud):
-    """The result is off by the rounding of the weights and of the output only, also where scores reach +-100."""
-    query, key = (random_rows([40, 3], HEADS, 64, seed=i, dtype=torch.float32) for i in range(2))
-    query, key = (rows.with_values((rows.values * loud).to(dtype)) for rows in (query, key))
-    value = torch.randn(key.values.shape).to(dtype)
-    out = jagged_attention(query, pair(key, value), scale=1 / 8).values
-    wide = [rows.with_values(rows.values.double()) for rows in (query, key)]
-    exact = attention_by_row(*wide, value.double(), None, None, 1 / 8)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=3 * torch.finfo(dtype).eps)
-
-
-def test_scores_may_exceed_the_largest_float16():
-    q = torch.full((1, 1, 1, 64), 40.0, dtype=torch.float16)
-    k = torch.cat([q, q + 1], 1)  # scores of 102400 and 104960 before they are scaled
-    v = torch.tensor([0.0, 1.0], dtype=torch.float16)[:, None, None].expand(2, 1, 64)
-    out = jagged_attention(JaggedTensor.uniform(q), pair(JaggedTensor.uniform(k), v), scale=1e-3).values
-    assert float(out[0, 0, 0]) == pytest.approx(1 / (1 + math.exp(-2.56)), abs=1e-3)
-
-
-@pytest.mark.parametrize("triton", [False, True])
-def test_kernels_run_on_a_gpu_where_triton_is_installed(monkeypatch, triton):
-    monkeypatch.setattr(jagged, "HAS_TRITON", triton)
-    assert jagged.runs_kernels(torch.device("cuda")) == triton
-    assert not jagged.runs_kernels(torch.device("cpu"))
+    rows = JaggedTensor.uniform(matrix)
+    assert torch.equal(torch.stack(split(rows)), matrix) and rows.max_length == 4

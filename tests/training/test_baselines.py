@@ -6,9 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from data.schemas import Interactions
+from common.schemas import Interactions
+from data.batches import SequenceSource
 from data.splits import leave_one_out, windows
-from data.utils import SequenceSource
 from modules.sasrec import SasRec
 from tests.data.test_baselines import rankings, to_interactions
 from training import baselines

@@ -26,6 +26,7 @@ def test_help_says_how_to_use_the_script():
         (["configs/rqvae_sample.gin", "--gin", "train.iteration = 5"], "doesn't have a parameter named 'iteration'"),
         (["configs/rqvae_sample.gin", "--gin", "RqVae.n_levels = 5"], "doesn't have a parameter named 'n_levels'"),
         (["configs/rqvae_sample.gin", "--gin", "Rqvae.n_layers = 5"], "No configurable matching 'Rqvae'"),
+        (["configs/rqvae_sample.gin", "--gin", "RqVae.n_layers = 0"], "RqVae.n_layers = 0: Input should be greater"),
         (["configs/rqvae_sample.gin", "--gin", 'train.dataset_split = "books"'], "must be '', not 'books'"),
         (["configs/rqvae_amazon.gin", "--gin", 'train.dataset_split = "books"'], "'beauty' or 'sports' or 'toys'"),
     ],

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data.schemas import Interactions
+from common.schemas import Interactions
+from data.batches import SequenceSource
 from data.splits import leave_one_out
-from data.utils import SequenceSource
 from tests.modules.helpers import make_batch, make_model, random_catalogue
 from training.evaluate import Evaluation
 

@@ -12,10 +12,11 @@ from scipy.stats import bootstrap, entropy
 from sklearn.metrics import ndcg_score
 from sklearn.neighbors import NearestNeighbors
 
-from data.schemas import Interactions
+from common.schemas import Interactions
+from data.batches import SequenceSource
 from data.splits import leave_one_out
-from data.utils import SequenceSource
 from ops.jagged import JaggedTensor
+from tests.ops.rows import jagged
 from training import metrics
 from training.metrics import (
     all_figures,
@@ -46,9 +47,9 @@ users_strategy = st.lists(
 
 @settings(deadline=None, max_examples=100)
 @given(users_strategy, st.lists(st.integers(0, N_ITEMS - 1), max_size=4))
-def test_exact_ranks_are_those_of_sorting_with_the_target_last_of_its_equals(users, filler):
+def test_exact_ranks_are_those_of_sorting_with_the_target_last_of_its_equals(users, padding):
     scores, targets, consumed = (list(column) for column in zip(*users, strict=True))
-    rows = JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in [*consumed, filler]])
+    rows = jagged([torch.tensor(row, dtype=torch.int64) for row in [*consumed, padding]])
     ranks = exact_ranks(torch.tensor(scores, dtype=torch.float32), torch.tensor(targets), rows)
     expected = []
     for row, target, gone in zip(scores, targets, consumed, strict=True):

@@ -5,9 +5,9 @@ import re
 
 import torch
 
-from modules.inspection import HeldOut, first_codes
-from modules.pipeline import Pipeline
-from modules.recommender import Recommender
+from modules.serving.inspection import HeldOut, first_codes
+from modules.serving.pipeline import Pipeline
+from modules.serving.recommender import Recommender
 from modules.tokenizer.semids import SemanticIds
 from tests.modules.helpers import make_model, random_catalogue
 from training import page

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from data.schemas import Samples
-from data.utils import SequenceSource
-from tests.data.test_utils import to_interactions
+from common.schemas import Samples
+from data.batches import SequenceSource
+from tests.data.test_batches import to_interactions
 from tests.modules.helpers import make_model as make_retriever
 from tests.modules.helpers import random_catalogue
 from training.replay import Replay
@@ -81,7 +81,7 @@ def training_steps(device: torch.device, recorded: bool) -> list[torch.Tensor]:
     model = make_retriever(codes, dropout=0.1, head_dim=16, device=device).train()
 
     def passes(size: int, index: torch.Tensor) -> torch.Tensor:
-        loss = model(source.device_batch(index, None, size, fillers=12)).loss
+        loss = model(source.batch(index, None, size, padding=12)).loss
         loss.backward()
         return loss.detach()
 

@@ -10,12 +10,13 @@ from modules.tree import Tree
 from ops.jagged import JaggedTensor
 from tests.modules.helpers import dense_log_probs, dense_queries, make_model, random_catalogue
 from tests.modules.test_model import features_of
+from tests.ops.rows import jagged
 
 HISTORIES = [[3, 1, 2], [5], [0, 0, 7, 7]]
 
 
 def rows_of(histories: list[list[int]]) -> JaggedTensor:
-    return JaggedTensor.from_rows([torch.tensor(row, dtype=torch.int64) for row in histories])
+    return jagged([torch.tensor(row, dtype=torch.int64) for row in histories])
 
 
 def by_item(candidates, values: torch.Tensor, n_items: int) -> torch.Tensor:

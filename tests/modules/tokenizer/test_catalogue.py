@@ -4,15 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from common.schemas import Interactions
 from data.cooccurrence import CoOccurrenceSvd
 from data.corpus import Corpus
 from data.encoders import TfidfSvd
 from data.features import ItemFeatures
-from data.schemas import Interactions
 from data.sources import FittedSources
 from modules.rqvae import RqVae
 from modules.tokenizer.catalogue import (
-    Described,
     catalogue_codes,
     encoder_features,
     extended_ids,
@@ -154,8 +153,8 @@ def test_ids_made_of_features_come_with_those_that_describe_the_items(tmp_path, 
     corpus = Corpus.build("tiny", interactions, keys, ["u"], keys, [[]] * len(x))
     sources = [CoOccurrenceSvd(1) if n not in chosen else TfidfSvd(1) for n in range(6)]
     names = [source.identity for source in sources]
-    features = ItemFeatures(x.numpy(), FittedSources(sources, [{}] * 6, [1.0] * 6, [1] * 6, names, "tiny", ""))
-    ids, seen = load_or_make_ids(tmp_path, None, corpus, lambda: Described(features, "a split"), torch.device("cpu"))
+    features = ItemFeatures(x.numpy(), FittedSources(sources, [{}] * 6, [1.0] * 6, [1] * 6, names, "tiny", "a split"))
+    ids, seen = load_or_make_ids(tmp_path, None, corpus, lambda: features, torch.device("cpu"))
     assert torch.equal(ids.codes[:, :3], catalogue_codes(model, x)), "all columns make the IDs"
     assert (ids.tokenizer["features"], ids.tokenizer["split"]) == (" + ".join(names), "a split")
     if chosen:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.schemas import Interactions
 from data.corpus import Corpus
 from data.encoders import TfidfSvd
 from data.features import ItemFeatures
-from data.schemas import Interactions
 from data.sources import FittedSources
-from modules.tokenizer.catalogue import Described, load_or_make_ids
+from modules.tokenizer.catalogue import load_or_make_ids
 from modules.tokenizer.index import main, read_index
 from modules.tokenizer.semids import SemanticIds, features_digest
 from tests.pipeline import run, write_raw
@@ -110,10 +110,9 @@ def test_there_is_no_tokenizer_behind_it(tmp_path):
 @pytest.mark.parametrize("from_interactions", [(False, False, True), (True, True, True)])
 def test_features_beside_it_are_standardized_as_a_tokenizer_does(tmp_path, monkeypatch, from_interactions):
     values = np.random.default_rng(0).normal(3, 5, (4, 3)).astype(np.float32)
-    fitted = FittedSources([TfidfSvd(3)], [{}], [1.0], [3], ["words"], "tiny", "")
+    fitted = FittedSources([TfidfSvd(3)], [{}], [1.0], [3], ["words"], "tiny", "a split")
     monkeypatch.setattr(FittedSources, "from_interactions", np.array(from_interactions))
-    described = lambda: Described(ItemFeatures(values, fitted), "a split")  # noqa: E731
-    ids, seen = load_or_make_ids(write(tmp_path, INDEX), None, corpus(), described, CPU)
+    ids, seen = load_or_make_ids(write(tmp_path, INDEX), None, corpus(), lambda: ItemFeatures(values, fitted), CPU)
     assert torch.equal(ids.codes, read_index(tmp_path / "tiny.index.json", corpus()).codes)
     if all(from_interactions):
         assert seen is None and "item_features" not in ids.tokenizer

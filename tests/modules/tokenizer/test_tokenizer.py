@@ -12,15 +12,15 @@ import polars as pl
 import pytest
 import torch
 
+from common.schemas import Interactions
 from data.corpus import Corpus
 from data.encoders import SentenceEncoder
 from data.features import ItemFeatures
 from data.items import Items
 from data.processed import RecDataset, load_corpus
-from data.schemas import Interactions
 from data.sources import FittedSources
 from data.vectors import Vectors
-from modules.tokenizer.catalogue import Described, load_or_make_ids
+from modules.tokenizer.catalogue import load_or_make_ids
 from modules.tokenizer.semids import SemanticIds, load_item_features
 from modules.tokenizer.tokenizer import Tokenizer
 from tests.pipeline import run, write_raw
@@ -36,20 +36,26 @@ def made(tmp_path_factory) -> tuple[Path, Corpus]:
     write_raw(folder)
     run(folder, "rqvae", *SOURCES, "RqVae.drop_interactions = 0.2")
     corpus = load_corpus(RecDataset.AMAZON, str(folder), "beauty")
-    corpus.items  # noqa: B018  (read before its file is gone)
+    corpus.texts()  # read before their file is gone
     shutil.move(folder / "out" / "rqvae" / "tokenizer", folder / "alone")
     for other in ("raw", "processed", "features", "out"):
         shutil.rmtree(folder / other)
     return folder / "alone", corpus
 
 
+def rows_of(corpus: Corpus) -> list[dict]:
+    """One mapping an item, as a tokenizer takes them."""
+    columns = zip(corpus.item_keys, corpus.texts(), corpus.categories(), strict=True)
+    return [dict(zip(("key", "text", "categories"), row, strict=True)) for row in columns]
+
+
 def changed(corpus: Corpus, kept: list[int], new: list[str] = (), name: str | None = None) -> Corpus:
     """Some of its items, then new ones of these texts; nobody's interactions but one."""
-    frame = corpus.items[kept]
-    keys = frame["key"].to_list() + [f"new{n}" for n in range(len(new))]
+    rows = [rows_of(corpus)[n] for n in kept]
+    keys = [row["key"] for row in rows] + [f"new{n}" for n in range(len(new))]
     one = Interactions(torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1]))
-    groups = frame["categories"].to_list() + [["ball", "unheard of"]] * len(new)
-    return Corpus.build(name or corpus.name, one, keys, ["u"], frame["text"].to_list() + list(new), groups)
+    groups = [row["categories"] for row in rows] + [["ball", "unheard of"]] * len(new)
+    return Corpus.build(name or corpus.name, one, keys, ["u"], [row["text"] for row in rows] + list(new), groups)
 
 
 def test_another_process_gives_old_items_their_codes_from_raw_text_alone(made):
@@ -62,7 +68,7 @@ from modules.tokenizer.tokenizer import Tokenizer
 items = json.load(sys.stdin)
 print(Tokenizer.from_pretrained({str(folder)!r}).encode(items).tolist())
 """
-    items = json.dumps(corpus.items.to_dicts()[::-1])
+    items = json.dumps(rows_of(corpus)[::-1])
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, input=items, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[::-1] == SemanticIds.load(folder).codes[:, :2].tolist()
@@ -73,14 +79,14 @@ def test_item_features_are_those_of_training(made):
     tokenizer = Tokenizer.from_pretrained(folder)
     expected = load_item_features(folder, None, SemanticIds.load(folder))
     assert expected.shape == (30, 8 + 5)
-    np.testing.assert_array_equal(tokenizer.item_features(corpus.items), expected)
-    np.testing.assert_array_equal(tokenizer.item_features(corpus.items[3:5]), expected[3:5])
+    np.testing.assert_array_equal(tokenizer.item_features(rows_of(corpus)), expected)
+    np.testing.assert_array_equal(tokenizer.item_features(pl.DataFrame(rows_of(corpus)[3:5])), expected[3:5])
 
 
 def test_what_a_new_item_lacks_is_zero(made):
     folder, corpus = made
     tokenizer = Tokenizer.from_pretrained(folder)
-    old = tokenizer.features(corpus.items)
+    old = tokenizer.features(Items.of(corpus))
     rows = [{"key": "new", "text": corpus.texts()[4], "categories": ["unheard of", "lamp"]}, {"key": "x", "text": "?"}]
     new = tokenizer.features(rows)
     assert torch.equal(new[0, :8], old[4, :8]) and bool(old[4, 8:14].any()) and not bool(new[:, 8:14].any())
@@ -127,7 +133,7 @@ def test_a_catalogue_that_loses_and_gains_items_keeps_the_ids_of_the_others(made
 def test_equal_keys_of_another_corpus_are_other_items(made):
     folder, corpus = made
     made_ids, _ = load_or_make_ids(folder, None, changed(corpus, [*range(30)], name="mine"), None, CPU, encode=True)
-    rows = [row | {"key": f"unknown{n}"} for n, row in enumerate(corpus.items.to_dicts())]
+    rows = [row | {"key": f"unknown{n}"} for n, row in enumerate(rows_of(corpus))]
     assert torch.equal(made_ids.codes[:, :2], Tokenizer.from_pretrained(folder).encode(rows))
     assert (made_ids.corpus_name, made_ids.tokenizer["split"]) == ("mine", "leave-one-out")
 
@@ -145,10 +151,11 @@ def test_a_foreign_catalogue_and_foreign_sources_are_refused_by_both_names(made,
     (old / "sources.json").unlink()
     for place in (folder, old):  # one whose IDs alone tell what it was trained with
         with pytest.raises(ValueError, match=both):
-            load_or_make_ids(place, None, corpus, lambda: Described(given, "another split"), CPU)
+            load_or_make_ids(place, None, corpus, lambda: given, CPU)
     with pytest.raises(ValueError, match="brings no feature sources: set train.features"):
         load_or_make_ids(old, None, corpus, None, CPU, encode=True)
-    ids, _ = load_or_make_ids(old, None, corpus, lambda: Described(ItemFeatures(values, fitted), "another split"), CPU)
+    other = ItemFeatures(values, replace(fitted, split="another split"))
+    ids, _ = load_or_make_ids(old, None, corpus, lambda: other, CPU)
     assert ids.tokenizer["split"] == "leave-one-out"
 
 

@@ -7,6 +7,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from modules.transformer.attention import CrossAttention, RelativePositionBias, SelfAttention, products
 from ops.jagged import JaggedTensor
+from tests.ops.rows import jagged
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -40,7 +41,7 @@ def test_attention_is_that_of_torch_row_by_row(causal):
         cross.key_value.weight.copy_(own.query_key_value.weight[dim:])
         cross.out.weight.copy_(own.out.weight)
     rows = [torch.randn(length, dim, dtype=torch.float64) for length in lengths]
-    x = JaggedTensor.from_rows(rows)
+    x = jagged(rows)
     limits = x.positions() + 1 if causal else torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))
     for attended in (own(x, causal=causal)[0], cross(x, *cross.memories(x, [cross]), None, limits)):
         for row, out in zip(rows, attended.split(lengths), strict=True):
@@ -53,9 +54,9 @@ def test_a_token_sees_what_came_before_it():
     attention = SelfAttention(4, n_heads=3, head_dim=5).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     whole, seen = attention(JaggedTensor.uniform(x), causal=True)
-    _, past = attention(JaggedTensor.uniform(x[:, :2]), causal=True)
-    last, seen_last = attention(JaggedTensor.uniform(x[:, 2:]), past=(past, torch.tensor([[0, 1], [2, 3]])))
-    torch.testing.assert_close(torch.cat([past.unflatten(0, (2, 2)), seen_last[:, None]], 1).flatten(0, 1), seen)
+    _, cache = attention(JaggedTensor.uniform(x[:, :2]), causal=True)
+    last, seen_last = attention(JaggedTensor.uniform(x[:, 2:]), cache=(cache, torch.tensor([[0, 1], [2, 3]])))
+    torch.testing.assert_close(torch.cat([cache.unflatten(0, (2, 2)), seen_last[:, None]], 1).flatten(0, 1), seen)
     torch.testing.assert_close(last, whole.view(2, 3, 4)[:, 2])
 
 
@@ -77,7 +78,7 @@ def test_products_have_the_gradients_of_single_ones(count):
 
 def test_heads_may_be_wider_than_the_model():
     own, cross = (kind(4, n_heads=3, head_dim=5) for kind in (SelfAttention, CrossAttention))
-    x = JaggedTensor.from_rows([torch.randn(2, 4), torch.randn(3, 4)])
+    x = jagged([torch.randn(2, 4), torch.randn(3, 4)])
     (memory,) = cross.memories(x, [cross])
     assert memory.values.shape == (5, 2, 3, 5)
     assert own(x)[0].shape == cross(x, memory, None, torch.full((5,), 2)).shape == (5, 4)

@@ -1,13 +1,12 @@
 """Encoder and decoder against transformers' T5 with the same weights, and the decoder's cache."""
 
-import pytest
 import torch
 from transformers import T5Config, T5Model
 
 from modules.transformer.attention import SelfAttention
-from modules.transformer.model import Decoder, Encoder, MemoryView, Past, TransformerConfig
-from ops.jagged import JaggedTensor
-from ops.reference import jagged_to_padded
+from modules.transformer.model import Decoder, Encoder, KVCache, MemoryView, TransformerConfig
+from ops.jagged import JaggedTensor, jagged_to_padded
+from tests.ops.rows import jagged
 
 CONFIG = TransformerConfig(dim=12, ff_dim=20, n_heads=3, head_dim=5, dropout=0.1)
 LENGTHS, LAYERS = [7, 1, 150, 4], 2
@@ -24,7 +23,7 @@ def make(causal: bool) -> tuple[Encoder, Decoder]:
 
 
 def random_rows(lengths: list[int]) -> JaggedTensor:
-    return JaggedTensor.from_rows([torch.randn(length, CONFIG.dim, dtype=torch.float64) for length in lengths])
+    return jagged([torch.randn(length, CONFIG.dim, dtype=torch.float64) for length in lengths])
 
 
 def copy_attention(layer, oracle) -> None:
@@ -79,7 +78,7 @@ def test_both_stacks_are_those_of_t5():
     view = MemoryView(torch.arange(len(LENGTHS) + 1), 1, torch.tensor(LENGTHS).repeat_interleave(4))
     decoded, _ = decoder(targets, decoder.memory(encoded), view)
     expected = oracle(
-        inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length, 3.0),
+        inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length),
         attention_mask=mask,
         decoder_inputs_embeds=targets,
     )
@@ -97,17 +96,17 @@ def test_the_causal_encoder_is_the_self_attention_of_the_decoder_of_t5():
     history = random_rows(LENGTHS)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     expected = oracle(
-        inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length, 3.0), attention_mask=mask
+        inputs_embeds=jagged_to_padded(history.values, history.offsets, history.max_length), attention_mask=mask
     ).last_hidden_state
     torch.testing.assert_close(encoder(history).values, expected[mask], rtol=1e-5, atol=1e-5)
 
 
 def test_the_causal_encoding_of_a_prefix_is_the_prefix_of_the_encoding():
     row = torch.randn(9, CONFIG.dim, dtype=torch.float64)
-    prefixes = JaggedTensor.from_rows([row[: length + 1] for length in range(9)])
+    prefixes = jagged([row[: length + 1] for length in range(9)])
     for causal in (True, False):
         encoder, _ = make(causal)
-        together = encoder(JaggedTensor.from_rows([row])).values
+        together = encoder(jagged([row])).values
         difference = float((together - encoder(prefixes).values[prefixes.offsets[1:] - 1]).detach().abs().max())
         assert difference < 1e-10 if causal else difference > 1e-3
 
@@ -119,14 +118,14 @@ def test_decoding_step_by_step_is_decoding_at_once():
     x, offsets = torch.randn(5, 4, CONFIG.dim, dtype=torch.float64), torch.tensor([0, 2, 2, 5])
     limits = torch.randint(1, 7, (5, 4))
     whole, seen = decoder(x, memory, MemoryView(offsets, 3, limits.flatten()))
-    past = None
+    cache = None
     for step in range(4):
         view = MemoryView(offsets, 3, limits[:, step].contiguous())
-        out, tokens = decoder(x[:, step : step + 1], memory, view, past)
+        out, tokens = decoder(x[:, step : step + 1], memory, view, cache)
         torch.testing.assert_close(out[:, 0], whole[:, step], rtol=1e-10, atol=1e-10)
         for stepped, at_once in zip(tokens, seen, strict=True):
             torch.testing.assert_close(stepped, at_once.unflatten(0, (5, 4))[:, step])
-        past = Past.extend(past, tokens, torch.arange(5))
+        cache = KVCache.extend(cache, tokens, torch.arange(5))
 
 
 def test_sequences_may_continue_any_others():
@@ -135,11 +134,11 @@ def test_sequences_may_continue_any_others():
     memory = decoder.memory(encoder(random_rows([6])))
     first, second, third = (torch.randn(n, 1, CONFIG.dim, dtype=torch.float64) for n in (3, 3, 4))
     parents, grandparents = torch.tensor([2, 0, 2, 1]), torch.tensor([1, 1, 0])
-    past, outs = None, []
+    cache, outs = None, []
     for x, chosen in ((first, grandparents), (second, parents), (third, torch.arange(4))):
         view = MemoryView(torch.tensor([0, len(x)]), len(x), torch.full((len(x),), 6))
-        out, tokens = decoder(x, memory, view, past)
-        past = Past.extend(past, tokens, chosen)
+        out, tokens = decoder(x, memory, view, cache)
+        cache = KVCache.extend(cache, tokens, chosen)
         outs.append(out)
     for sequence, parent in enumerate(parents.tolist()):
         steps = first[grandparents[parent]], second[parent], third[sequence]
@@ -157,13 +156,7 @@ def test_each_sequence_looks_at_what_it_may_see_of_its_user_and_from_there():
     together, _ = decoder(x, decoder.memory(encoder(rows)), view)
     for sequence, user in enumerate([0, 1, 1]):
         row = rows.values[rows.offsets[user] :][: limits[sequence]]
-        own = decoder.memory(encoder(JaggedTensor.from_rows([row])))
+        own = decoder.memory(encoder(jagged([row])))
         view = MemoryView(torch.tensor([0, 1]), 1, torch.full((4,), len(row)))
         alone, _ = decoder(x[sequence : sequence + 1], own, view)
         torch.testing.assert_close(together[sequence], alone[0], rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("dropout", [-0.1, 1.0])
-def test_dropout_is_a_probability_below_1(dropout):
-    with pytest.raises(ValueError, match=f"dropout is {dropout}; it must be from 0 to below 1"):
-        TransformerConfig(dim=12, ff_dim=20, n_heads=3, head_dim=5, dropout=dropout)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ops import reference
+from ops.attention import reference_attention
 from tests.ops.triton.device import DEVICE, DTYPES, TOLERANCE
 
 attention = pytest.importorskip("ops.triton.attention").attention
@@ -39,7 +39,7 @@ def both(queries, keys, mask, radius, dtype, heads=2, dim=16, scale=0.3):
         limits = torch.randint(0, max(keys) + 3, (sum(queries),), device=DEVICE)
     weights = noise(sum(queries), heads, dim)
     results = []
-    for function in (reference.jagged_attention, attention):
+    for function in (reference_attention, attention):
         wide = function is not attention
         leaves = [t.to(dtype).to(torch.float64 if wide else dtype).requires_grad_() for t in tensors]
         packed = leaves if not own else [*leaves, None]
@@ -131,5 +131,5 @@ def test_limits_may_be_negative_or_views():
     limits = torch.tensor([[1, 9], [-1, 9], [3, 9], [0, 9], [2, 9]], device=DEVICE)[:, 0]
     arguments = (q, memory, offsets, offsets, 3, 3, None)
     out = attention(*arguments, limits)[0]
-    torch.testing.assert_close(out, reference.jagged_attention(*arguments, limits), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out, reference_attention(*arguments, limits), rtol=0, atol=1e-5)
     assert not out[[1, 3]].any() and bool(out[[0, 2, 4]].any(-1).all())

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from ops import reference, tree
+from ops import tree
+from ops.add_norm import reference_add_norm
+from ops.attention import reference_attention
 from ops.sums import take_rows
 
 attention = pytest.importorskip("ops.triton.attention").attention
-residual = pytest.importorskip("ops.triton.residual")
+kernels = pytest.importorskip("ops.triton.add_norm")
 
 LARGE = 2**31 + 2**20
 
@@ -41,7 +43,7 @@ def test_attention_and_its_gradients():
     assert packed.numel() > 2**31
     grad = torch.autograd.grad((out[-length:].float() * weights).sum(), packed)[0]
     last = packed.detach()[-length:].double().requires_grad_()
-    expected = reference.jagged_attention(
+    expected = reference_attention(
         last, None, offsets[:2], offsets[:2], length, length, bias.double(), None, True, dim**-0.5
     )
     wanted = torch.autograd.grad((expected * weights).sum(), last)[0]
@@ -54,11 +56,11 @@ def test_sums_normalizations_and_dropout():
     width = 512
     x, branch = noise(LARGE // width + 1, width), noise(LARGE // width + 1, width)
     weight, seed = torch.rand(width, device="cuda"), torch.tensor([77], device="cuda")
-    hidden, normed = residual.add_norm(x, branch, weight, None, 0.0, False, 1e-6, torch.bfloat16)
-    expected = reference.add_norm(x[-3:].float(), branch[-3:].float(), weight, 0.0, False, 1e-6)
+    hidden, normed = kernels.add_norm(x, branch, weight, None, 0.0, False, 1e-6, torch.bfloat16)
+    expected = reference_add_norm(x[-3:].float(), branch[-3:].float(), weight, 0.0, False)
     for actual, wide in zip((hidden, normed), expected, strict=True):
         torch.testing.assert_close(actual[-3:].float(), wide, rtol=0, atol=5e-2)
-    out = residual.relu_dropout(x, seed, 0.5)
+    out = kernels.relu_dropout(x, seed, 0.5)
     kept = out[-1000:] > 0
     assert torch.equal(out[-1000:][kept], 2 * x[-1000:][kept])
     assert float(kept.float().mean()) == pytest.approx(0.25, abs=0.01)

@@ -3,27 +3,25 @@
 import pytest
 import torch
 
-from modules.quantize import QuantizeMode
 from modules.rqvae import RqVae
 from ops.triton.quantize import residual_quantize
 from tests.ops.triton.device import DEVICE
 
 
-@pytest.mark.parametrize("mode", [QuantizeMode.STE, QuantizeMode.ROTATION_TRICK])
 @pytest.mark.parametrize(
     ("batch", "size", "dim", "levels"),
     [(1, 1, 1, 1), (37, 70, 20, 3), (16, 64, 32, 2), (9, 300, 100, 2), (33, 256, 32, 3), (2051, 20, 3, 2)],
 )
-def test_the_fused_quantizer_is_that_of_the_levels(mode, batch, size, dim, levels):
+def test_the_fused_quantizer_is_that_of_the_levels(batch, size, dim, levels):
     torch.manual_seed(0)
-    model = RqVae(3, dim, (4,), size, levels, codebook_mode=mode, commitment_weight=0.3).to(DEVICE).train()
+    model = RqVae(3, dim, (4,), size, levels, commitment_weight=0.3).to(DEVICE).train()
     x = torch.randn(batch, dim, device=DEVICE, requires_grad=True)
     with torch.no_grad():
         x[0] = model.layers[0].codebook[0]  # a residual of zero: no rotation is defined
     books = torch.stack([layer.embedding.weight for layer in model.layers])
     weights, row_weights = torch.randn(batch, dim, device=DEVICE), torch.rand(batch, device=DEVICE)
     expected = model.quantize(x)
-    total, ids, loss = residual_quantize(x, books, 0.3, mode is QuantizeMode.ROTATION_TRICK)
+    total, ids, loss = residual_quantize(x, books, 0.3)
     assert torch.equal(ids, expected.sem_ids)
     torch.testing.assert_close(total, expected.embeddings.sum(-1))
     torch.testing.assert_close(loss, expected.quantize_loss, atol=1e-5, rtol=1e-5)
@@ -39,10 +37,10 @@ def test_the_fused_quantizer_is_that_of_the_levels(mode, batch, size, dim, level
 def test_of_equal_codes_the_first_is_taken():
     books = torch.ones(2, 130, 5, device=DEVICE)
     x = torch.randint(-9, 9, (9, 5), device=DEVICE).float()  # whose products are exact
-    _, ids, _ = residual_quantize(x, books, 0.25, True)
+    _, ids, _ = residual_quantize(x, books, 0.25)
     assert not ids.any()
 
 
 def test_the_operator_is_registered_completely():
     x, books = torch.randn(4, 3, device=DEVICE, requires_grad=True), torch.randn(2, 5, 3, device=DEVICE)
-    torch.library.opcheck(residual_quantize, (x, books, 0.25, True))
+    torch.library.opcheck(residual_quantize, (x, books, 0.25))

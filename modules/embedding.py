@@ -1,0 +1,135 @@
+"""Vectors of the catalogue's items and of its tree's nodes, each a sum of parts."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from modules.tree import Tree
+from ops.precision import stream_dtype
+from ops.sums import RowSums, sum_rows, take_sums
+
+ItemParts = Annotated[tuple[Literal["free", "codes", "nodes", "features"], ...], Field(min_length=1)]
+NodeParts = Annotated[tuple[Literal["free", "codes", "features"], ...], Field(min_length=1)]
+CHUNK = 2**18  # vectors that are made at a time of a catalogue with hashed rows
+FACTORS = (0x2545F4914F6CDD1D, 0x1B873593CC9E2D51)  # odd, of the two hash functions
+
+
+class VectorSum(nn.Module):
+    """M vectors, each the sum of some rows of a table and of a perceptron of its features.
+
+    rows: [M, k] int32, of the table, which has n_rows; None: no table. features: [M, D], or None. std: of the table's
+    rows at the start. hidden: width of the perceptron. all_at_once: off, only those asked for are made in training.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor | None,
+        n_rows: int,
+        features: Tensor | None,
+        dim: int,
+        std: float,
+        hidden: int,
+        all_at_once: bool,
+    ) -> None:
+        super().__init__()
+        self.all_at_once, self.features = all_at_once, features
+        self.table, self.mlp, self.rows, self.sums = None, None, rows, None
+        if rows is not None:
+            self.sums = RowSums.of(rows) if all_at_once else None
+            self.table = nn.Parameter(torch.empty(n_rows, dim, device=rows.device).normal_(std=std))
+        if features is not None:
+            self.mlp = feature_mlp(features.shape[1], dim, hidden).to(features.device)
+
+    def __len__(self) -> int:
+        return len(self.rows if self.rows is not None else self.features)
+
+    def forward(self) -> Tensor:
+        """All: [M, dim], in `ops.precision.stream_dtype`. Where they are not made at once, without gradient."""
+        if self.all_at_once:
+            return self._sum(sum_rows(self.table, self.sums) if self.table is not None else None, self.features)
+        places = torch.arange(len(self), device=next(self.parameters()).device)
+        with torch.no_grad():
+            return torch.cat([self.take(chunk) for chunk in places.split(CHUNK)])
+
+    def take(self, index: Tensor) -> Tensor:
+        """Some: index [T] integers -> [T, dim]."""
+        rows = take_sums(self.table, self.rows[index]) if self.table is not None else None
+        return self._sum(rows, self.features[index] if self.features is not None else None)
+
+    def _sum(self, rows: Tensor | None, features: Tensor | None) -> Tensor:
+        if features is None:
+            return rows
+        dtype = stream_dtype(self.mlp[0].weight)
+        described = self.mlp(features.to(dtype)).to(dtype)
+        return described if rows is None else rows + described
+
+
+def feature_mlp(columns: int, dim: int, hidden: int) -> nn.Sequential:
+    """[.., columns] -> [.., dim]."""
+    return nn.Sequential(nn.Linear(columns, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+def item_vectors(
+    parts: ItemParts, tree: Tree, features: Tensor | None, dim: int, std: float, hidden: int, max_rows: int
+) -> VectorSum:
+    """Vectors of the N items. parts: "free", one of its own; "codes", one a code of its ID; "nodes", one a node on its
+    path; "features", a perceptron of its features [N, D]. ValueError where features are missing.
+
+    Where items or nodes of a depth are more than max_rows, two of max_rows hashed rows take the place of each own row
+    (Tito Svenstrup et al. 2017, without weights), and vectors are made as they are needed.
+    """
+    check_features("item_parts", parts, features)
+    nodes = tree.item_nodes[:, 1:]
+    blocks = []
+    if "free" in parts:
+        blocks.append(_own(torch.arange(tree.n_items, device=nodes.device), tree.n_items, max_rows))
+    for level, size in enumerate(tree.level_sizes if "codes" in parts else ()):
+        blocks.append((tree.code[level][nodes[:, level].long()][:, None], size))
+    for level, size in enumerate(tree.n_nodes if "nodes" in parts else ()):
+        blocks.append(_own(nodes[:, level], size, max_rows))
+    described = features if "features" in parts else None
+    return VectorSum(*_below(blocks), described, dim, std, hidden, tree.n_items <= max_rows)
+
+
+def node_vectors(
+    parts: NodeParts, tree: Tree, features: Tensor | None, dim: int, std: float, hidden: int, max_rows: int
+) -> nn.ModuleList:
+    """Vectors of the nodes of each depth, 1 to L'. parts: "free", one of its own; "codes", one a code, shared by the
+    nodes of a depth that end with it; "features", a perceptron of the mean features of the items below. max_rows: see
+    `item_vectors`."""
+    check_features("node_parts", parts, features)
+    levels = nn.ModuleList()
+    for level, (code, size) in enumerate(zip(tree.code, tree.level_sizes, strict=True)):
+        blocks = []
+        if "free" in parts:
+            blocks.append(_own(torch.arange(len(code), device=code.device), len(code), max_rows))
+        if "codes" in parts:
+            blocks.append((code[:, None], size))
+        means = tree.node_means(level + 1, features).to(features.dtype) if "features" in parts else None
+        levels.append(VectorSum(*_below(blocks), means, dim, std, hidden, len(code) <= max_rows))
+    return levels
+
+
+def _own(index: Tensor, size: int, max_rows: int) -> tuple[Tensor, int]:
+    """Rows [M, 1], or [M, 2] hashed ones, and how many there are. index: [M], below size."""
+    if size <= max_rows:
+        return index[:, None], size
+    mixed = torch.stack([(index.long() + 1) * factor for factor in FACTORS], 1)
+    return (mixed ^ (mixed >> 29)) % max_rows, max_rows
+
+
+def _below(blocks: list[tuple[Tensor, int]]) -> tuple[Tensor | None, int]:
+    """Blocks of rows in one table, one below the other: [M, k] int32, and how many rows it has."""
+    starts = [sum(size for _, size in blocks[:n]) for n in range(len(blocks) + 1)]
+    rows = [(rows + start).int() for (rows, _), start in zip(blocks, starts, strict=False)]
+    return (torch.cat(rows, 1) if rows else None), starts[-1]
+
+
+def check_features(name: str, parts: tuple[str, ...], features: Tensor | None) -> None:
+    if "features" in parts and features is None:
+        raise ValueError(
+            f'EncoderDecoderRetrievalModel.{name} names "features", and the tokenizer holds none (features.npy): make '
+            f"it anew with train_rqvae.py, set train.features beside an index.json, or leave the part out."
+        )

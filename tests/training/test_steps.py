@@ -1,0 +1,68 @@
+"""What happens around a step. Signals, and several processes, are tested with the runs themselves."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from data.shuffle import Shuffler
+from training.checkpoint import Checkpoints
+from training.steps import Steps
+
+
+def make(root, **settings) -> tuple[Steps, list, list]:
+    """Steps of 11 samples each, the rows they log, and the steps they save."""
+    logged, saved = [], []
+    accelerator = SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        device=torch.device("cpu"),
+        scaler=None,
+        reduce=lambda tensor, _: tensor,
+        gather=lambda tensor: tensor,
+    )
+    run = SimpleNamespace(
+        settings={"iterations": 7, "gradient_accumulate_every": 3, "log_every": 3, "save_model_every": 4, **settings},
+        accelerator=accelerator,
+        checkpoints=Checkpoints(root),
+        is_main=False,
+        log=lambda step, split, values: logged.append((step, split, values)),
+        save=lambda step, model, optimizer, best, improved: saved.append((step, best, improved)),
+    )
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    return Steps(run, model, optimizer, Shuffler(50, 11, seed=0), ("loss", "part"), 0), logged, saved
+
+
+def test_what_is_due_is_logged_and_saved(tmp_path):
+    around, logged, saved = make(tmp_path)
+    with around as steps:
+        for step in range(7):
+            steps.start(learning_rate=0.5 * step)
+            steps.made(step + 1, torch.tensor([2.0 * step, step]), torch.tensor(0.25))
+            steps.end(step + 1, last=7, best={"step": 2}, improved=step == 1)
+    assert [(step, split) for step, split, _ in logged] == [(3, "train"), (6, "train"), (7, "train")]
+    values = {"loss": 4.0, "part": 2.0, "gradient_norm": 0.25, "learning_rate": 1.0}
+    assert logged[0][2].items() >= values.items()
+    assert saved == [(2, {"step": 2}, True), (4, {"step": 2}, False), (7, {"step": 2}, False)]
+
+
+def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
+    around, _, saved = make(tmp_path)
+    with pytest.raises(FloatingPointError, match="in step 1"), around as steps:
+        for step in range(7):
+            steps.start(0.1)
+            steps.made(step + 1, torch.tensor([float("nan"), 0.0]), torch.tensor(1.0))
+            steps.end(step + 1, last=7)
+    assert saved == []
+
+
+def test_a_batch_is_shared_out_among_micro_steps(tmp_path):
+    first, second = torch.arange(11), torch.arange(11) * 2.0
+    shares = make(tmp_path)[0].shares(first, second)
+    assert [len(index) for index, _ in shares] == [4, 4, 3]
+    assert torch.equal(torch.cat([index for index, _ in shares]), first)
+    assert torch.equal(torch.cat([other for _, other in shares]), second)
+    with pytest.raises(ValueError, match="does not go round 12 shares"):
+        make(tmp_path, gradient_accumulate_every=12)

@@ -1,0 +1,91 @@
+"""What both scripts do around a step of training: its time, its log, its checkpoint, its end."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from data.shuffle import Shuffler
+from training import distributed, report
+from training.guard import NonFiniteGuard
+from training.run import Run
+from training.schedule import due
+from training.signals import Stopped, StopSignal
+
+
+class Steps:
+    """The steps of a run from `start_step` on. While entered, a signal stops the run once a step is done and saved.
+
+    run: its arguments of `train` say what is due when. losses: their names, the total first. ValueError where a batch
+    of the shuffler is too small for the processes and micro-steps.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        shuffler: Shuffler,
+        losses: Sequence[str],
+        start_step: int,
+    ) -> None:
+        self._run, self._model, self._optimizer = run, model, optimizer
+        self._names, self._batch_size, self._iterations = losses, shuffler.batch_size, run.settings["iterations"]
+        processes = run.accelerator.num_processes
+        self._n_shares = processes * run.settings["gradient_accumulate_every"]
+        shuffler.check_shares(self._n_shares)
+        self._guard = NonFiniteGuard(run.accelerator, shuffler, run.checkpoints)
+        self._speed, self._stop = report.Speed(), StopSignal(processes)
+        self._bar = report.progress(self._iterations, start_step, run.is_main)
+
+    def __enter__(self) -> "Steps":
+        self._stop.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        self._stop.__exit__(*error)
+
+    def start(self, learning_rate: float) -> None:
+        """To be called as a step begins."""
+        self._speed.start()
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def shares(self, *batch: Tensor) -> list[tuple[Tensor, ...]]:
+        """What this process takes of each tensor [B] of a batch, for each micro-step; shares may differ by one row."""
+        shares = list(zip(*(tensor.tensor_split(self._n_shares) for tensor in batch), strict=True))
+        return shares[self._run.accelerator.process_index :: self._run.accelerator.num_processes]
+
+    def made(self, step: int, losses: Tensor, norm: Tensor, recording: float = 0.0) -> None:
+        """To be called once the weights are updated; logs if due. FloatingPointError where a loss was not finite.
+
+        step: counted from 1. losses: this process's part of them. norm: of the gradient. recording: the seconds that
+        all steps spent on recordings, which count for no speed.
+        """
+        self._guard.watch(step, losses[0], norm)
+        self._bar.update()
+        if due(step, self._run.settings["log_every"], self._iterations):
+            accelerator = self._run.accelerator
+            values = dict(zip(self._names, accelerator.reduce(losses, "sum").tolist(), strict=True))
+            values |= {"gradient_norm": float(norm), "learning_rate": self._optimizer.param_groups[0]["lr"]}
+            values |= report.machine(self._speed.steps_per_second(recording) * self._batch_size, accelerator)
+            self._run.log(step, "train", values)
+            report.show(self._bar, values)
+            self._guard.check(self._model)
+        self._speed.stop()
+
+    def end(self, step: int, last: int, best: dict[str, float] | None = None, improved: bool = False) -> None:
+        """To be called as a step ends; saves if due, improved, or stopped by a signal, which raises Stopped.
+
+        last: the last step, unless a better checkpoint comes. best: metrics of the best one, this one if improved.
+        """
+        signum = self._stop.after_step()
+        if signum or improved or due(step, self._run.settings["save_model_every"], last):
+            self._guard.check(self._model)
+            self._run.save(step, self._model, self._optimizer, best or {}, improved)
+        if signum:
+            self._bar.close()
+            self._run.close(status=128 + signum)
+            distributed.end(self._run.accelerator)
+            raise Stopped(signum, step)
