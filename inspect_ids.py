@@ -11,10 +11,9 @@ what is recommended and what came, and calibration.
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from data.results import Texts, write_table
 from modules.serving.inspection import HELD_OUT, HeldOut, dashed, first_codes, neighbours
 from modules.serving.pipeline import Pipeline
 from modules.serving.recommender import Recommender
+from training import cli
 from training.page import write_page
 
 
@@ -88,14 +88,8 @@ def show_item(pipeline: Pipeline, key: str, k: int) -> None:
 
 
 def main() -> None:
-    """Bad input ends with one message and exit status 1; --traceback shows all."""
     arguments = parse()
-    try:
-        inspect(arguments)
-    except (ValueError, OSError) as error:
-        if arguments.traceback:
-            raise
-        sys.exit(f"error: {error}")
+    cli.guarded(lambda: inspect(arguments), arguments.traceback)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
 
 import argparse
-import sys
 from pathlib import Path
 
 from data.custom import CustomData
@@ -20,6 +19,7 @@ from data.histories import read_keys
 from data.items import Items
 from modules.serving.change import changed
 from modules.serving.pipeline import Pipeline
+from training import cli
 
 
 def parse() -> argparse.Namespace:
@@ -58,17 +58,8 @@ def update(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Bad input ends with one message and exit status 1; --traceback shows all."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on
     arguments = parse()
-    try:
-        update(arguments)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
-        if arguments.traceback:
-            raise
-        sys.exit(f"error: {error}")
+    cli.guarded(lambda: update(arguments), arguments.traceback)
 
 
 if __name__ == "__main__":

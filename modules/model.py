@@ -118,6 +118,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
                 f"EncoderDecoderRetrievalModel.item_tokens = False takes up to max_rows = {max_rows:,} items; this "
                 f"catalogue has {tree.n_items:,}."
             )
+        if tree.n_nodes[0] > max_rows:
+            raise ValueError(
+                f"EncoderDecoderRetrievalModel.max_rows = {max_rows:,} must be at least the number of first codes, "
+                f"{tree.n_nodes[0]:,}, whose softmax is whole."
+            )
         block = TransformerConfig(dim, ff_dim, n_heads, head_dim, dropout)
         device = tree.leaf_items.device
         self.tree, self.causal_encoder = tree, causal_encoder

@@ -13,6 +13,13 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked with `gpu` runs where there is one."""
+    for item in items if not torch.cuda.is_available() else ():
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """No test depends on which others ran before it."""

@@ -1,4 +1,4 @@
-"""The command line of the two scripts."""
+"""The command line of the training scripts, and how every script ends."""
 
 import argparse
 import os
@@ -17,7 +17,6 @@ def run(train: Callable[[], object], description: str) -> None:
     Bad input ends with one message and exit status 1 (--traceback shows all), a run that SIGTERM or SIGINT stopped
     with 143 or 130.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on
     parser = argparse.ArgumentParser(
         description=description,
         epilog='Example: %(prog)s configs/decoder_sample.gin --gin "train.iterations=100" --gin "train.seed=1"',
@@ -31,17 +30,27 @@ def run(train: Callable[[], object], description: str) -> None:
     arguments = parser.parse_args()
     if not Path(arguments.config).is_file():
         sys.exit(f"error: there is no config file {arguments.config}")
-    try:
+
+    def work() -> None:
         bind(arguments.config, arguments.gin)
         train()
+
+    guarded(work, arguments.traceback)
+
+
+def guarded(work: Callable[[], object], traceback: bool) -> None:
+    """Calls `work`; what ends it early becomes one message and an exit status, an error with traceback itself."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on
+    try:
+        work()
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(_message(stopped), file=sys.stderr)
         sys.exit(stopped.status)
-    except KeyboardInterrupt:  # before or after training, where there is nothing to save
+    except KeyboardInterrupt:  # where there is nothing to save
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        if arguments.traceback:
+        if traceback:
             raise
         sys.exit(f"error: {_message(error)}")
 

@@ -115,7 +115,6 @@ def test_lists_hold_the_target_at_its_rank(exact):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("half", [False, True])
 def test_recordings_read_the_weights_as_they_are(half, exact):

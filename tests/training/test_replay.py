@@ -60,7 +60,6 @@ def test_without_recording_the_function_is_called():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("clear", [True, False], ids=["cleared", "accumulated"])
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_recorded_passes_give_the_losses_and_gradients_of_called_ones(clear):
     device, calls = torch.device("cuda"), []
     called, recorded = make_model("cuda"), make_model("cuda")
@@ -102,7 +101,6 @@ def test_steps_of_the_retriever_are_reproducible():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_recorded_steps_of_the_retriever_are_the_called_ones():
     called, recorded = (training_steps(torch.device("cuda"), kind) for kind in (False, True))
     for mine, theirs in zip(recorded, called, strict=True):

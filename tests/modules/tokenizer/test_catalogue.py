@@ -96,7 +96,7 @@ def test_rounding_does_not_order_items_with_equal_features(batch_size):
         assert torch.equal(catalogue_codes(model, x, batch_size), catalogue_codes(model, x))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_codes_of_the_cpu():
     model, x = make(5000)
     expected = catalogue_codes(model, x)
