@@ -42,7 +42,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--columns", nargs=3, metavar=("USER", "ITEM", "TIME"), default=["user", "item", "timestamp"])
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.histories and not arguments.out:
+        parser.error("--histories are for the page: give --out")
+    return arguments
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -75,6 +78,8 @@ def inspect(arguments: argparse.Namespace) -> None:
 def show_item(pipeline: Pipeline, key: str, k: int) -> None:
     """An item's ID, what its first code stands for, and the items with the longest common prefixes."""
     keys, codes = pipeline.semantic_ids.item_keys, pipeline.semantic_ids.codes
+    if k < 1:
+        raise ValueError(f"--k {k} must be 1 or more.")
     if key not in keys:
         raise ValueError(f"--item {key}: there is no such key in the catalogue, whose keys are like {keys[:3]}.")
     item = keys.index(key)

@@ -5,7 +5,7 @@
 
 The pipeline is the run folder of train_decoder.py, its pipeline/ alone, or a Hub id. Files end with .csv, .tsv,
 .parquet, .jsonl or .ndjson; histories have the columns user and items (keys, oldest first; in CSV with | between them),
-or user, item and timestamp with one interaction a row.
+or user, item and timestamp with one interaction per row.
 """
 
 import signal
@@ -28,7 +28,7 @@ from data.histories import Histories, read_histories, read_keys
 from data.results import Columns, Texts, partial_path, write_table
 from modules.serving.lookup import PREDICATE
 from modules.serving.recommender import Ranked, Recommender
-from training import distributed, report
+from training import cli, distributed
 
 CHUNKS = {"cpu": 2048, "cuda": 32_768}  # histories that a process ranks before they are written
 
@@ -46,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=10, help="items for each history (%(default)s)")
     parser.add_argument("--include-seen", action="store_true", help="items of the history may be recommended")
     parser.add_argument("--cold-bonus", type=float, default=0.0, help="added to scores of items new since training")
-    what = "a file with a key a line, or a predicate such as 'categories = Horror' or 'title contains star'"
+    what = "a file with a key per line, or a predicate such as 'categories = Horror' or 'title contains star'"
     parser.add_argument("--allow", metavar="WHAT", help=f"the only items to recommend: {what}")
     parser.add_argument("--block", metavar="WHAT", help="items not to recommend, likewise")
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
@@ -60,6 +60,8 @@ def parse() -> argparse.Namespace:
 
 def recommend(arguments: argparse.Namespace) -> None:
     """Prints the items for one history, or writes a table for a file of them."""
+    if arguments.out and arguments.out.resolve() == arguments.histories.resolve():
+        raise ValueError(f"--out {arguments.out} would take the place of the histories: name another file.")
     accelerator = distributed.start(cpu=arguments.device == "cpu")
     recommender = Recommender.from_pretrained(arguments.pipeline, arguments.revision, accelerator.device)
     options = {"k": arguments.k, "exclude_seen": not arguments.include_seen, "cold_bonus": arguments.cold_bonus}
@@ -71,7 +73,7 @@ def recommend(arguments: argparse.Namespace) -> None:
     elif arguments.histories:
         only = set(arguments.users) if arguments.users else None
         size = CHUNKS[accelerator.device.type] * accelerator.num_processes
-        histories, counts = read_histories(arguments.histories, tuple(arguments.columns), only, size), {}
+        histories, counts = read_histories(arguments.histories, tuple(arguments.columns), only, size), dict[str, int]()
         chunks = tables(recommender, histories, options, accelerator, counts)
         if accelerator.is_main_process:
             write_table(arguments.out, chunks)
@@ -94,7 +96,7 @@ def wanted(recommender: Recommender, name: str, given: str) -> list[str] | str:
         raise ValueError(f"--{name} {given!r} is neither a file nor a predicate such as 'categories = Horror'")
     keys = read_keys(Path(given))
     if missing := sum(key not in recommender.index for key in keys):
-        report.warn(f"{given}: {missing:,} of {len(keys):,} keys are not in the catalogue")
+        print(f"warning: {given}: {missing:,} of {len(keys):,} keys are not in the catalogue", file=sys.stderr)
     return keys
 
 
@@ -157,19 +159,9 @@ def show(recommender: Recommender, items: list[str], options: dict) -> None:
 
 
 def main() -> None:
-    """Bad input ends with one message and exit status 1; --traceback shows all."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on
     arguments = parse()
     part = partial_path(arguments.out) if arguments.out else None
-    try:
-        recommend(arguments)
-    except (KeyboardInterrupt, ValueError, OSError) as error:
-        if arguments.traceback:
-            raise
-        stopped = isinstance(error, KeyboardInterrupt)
-        message = "stopped" if stopped else f"error: {error}"
-        print(message + (f"\nWhat was written so far is in {part}." if part and part.exists() else ""), file=sys.stderr)
-        sys.exit(128 + signal.SIGINT if stopped else 1)
+    cli.guarded(lambda: recommend(arguments), arguments.traceback, part)
 
 
 if __name__ == "__main__":

@@ -16,18 +16,16 @@ from typing import Literal
 
 import gin
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from common.files import write_file
 from common.parameters import CorpusPath, Name, NonNegativeInt, PathName, PositiveInt, Rate, Seed, configurable
 from data.batches import SequenceSource, bucket_size, padding_rows
-from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
-from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
 from data.features import Sources, item_features
 from data.processed import RecDataset
 from data.shuffle import Shuffler, derive_seed, seed_noise
 from data.splits import SplitKind, Splits, every_prefix, in_training, windows
-from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.card import pipeline_card
 from modules.model import EncoderDecoderRetrievalModel
 from modules.pretrained import CARD, HUB_ID, push_folder
@@ -46,6 +44,7 @@ from training.metrics import CHOSEN, CHOSEN_K, all_figures, occurring, ranking_m
 from training.replay import Replay
 from training.run import Run, load_splits
 from training.schedule import due, last_step, warmup_cosine
+from training.sharded import ShardedAdamW
 from training.steps import Steps
 
 
@@ -100,8 +99,8 @@ def train(
     pretrained_rqvae_revision); in it and in save_dir_root "{corpus}" stands for the corpus name. encode_catalogue: the
     tokenizer gives this catalogue its IDs, by its own feature sources; text_model: where its sentence encoder lies now.
     features: only for a tokenizer without sources of its own (of the original project), or beside an index.json.
-    batch_size: histories a micro-step over all processes. max_items: longest history. every_position: each
-    item of a training window is a target given those before it; off: one target a history, as a
+    batch_size: histories per micro-step over all processes. max_items: longest history. every_position: each
+    item of a training window is a target given those before it; off: one target per history, as a
     bidirectional encoder needs. exclude_history: whether the best checkpoint, the heads' shares and the end are chosen
     by ranking items that the user has not consumed, or all items; the report has both. partial_eval_every: steps
     between validation losses; full_eval_every: between rankings of the validation split, by whose ndcg@10 the best
@@ -122,18 +121,17 @@ def train(
     data = dataset, dataset_folder, dataset_split, split, force_dataset_process
     corpus, splits = load_splits(*data, accelerator, as_cached=True)
     columns = corpus.columns(item_columns) if item_columns else {}
-    options = {"force": force_dataset_process, "split": splits.name}
-    read = partial(item_features, corpus, features, dataset_folder, splits.train_lengths, **options)
+    sources, options = features or (), (splits.train_lengths, force_dataset_process, False, splits.name)
+    read = partial(item_features, corpus, sources, dataset_folder, *options)
     artifact = pretrained_rqvae_path.format(corpus=corpus.name), pretrained_rqvae_revision
     semantic_ids, features = load_or_make_ids(
-        *artifact, corpus, read if features else None, device, encode_catalogue, text_model
+        *artifact, corpus, read if sources else None, device, encode_catalogue, text_model
     )
     tokenizer = Tokenizer.found(*artifact, text_model)
     check_splits(splits, semantic_ids, corpus.name)
     samples = windows(splits.train_lengths, max_items) if every_position else every_prefix(splits.train_lengths)
     source = SequenceSource(splits.interactions, samples, max_items, device, every_position)
-    valid = SequenceSource(splits.interactions, splits.valid, max_items, device)
-    test = SequenceSource(splits.interactions, splits.test, max_items, device)
+    valid, test = source.with_samples(splits.valid), source.with_samples(splits.test)
     shuffler = Shuffler(len(source), batch_size * gradient_accumulate_every, seed, samples.user)
 
     # Model and optimizer
@@ -145,11 +143,8 @@ def train(
     model = EncoderDecoderRetrievalModel(tree, described, counts).train()
     recorded = has_kernel(device)  # passes are replayed as CUDA graphs
     evaluation = Evaluation(model, beams, exact, eval_batch_size, accelerator, recorded)
-    matrices = FlatParameters(p for p in model.parameters() if p.ndim >= 2)
-    vectors = FlatParameters(p for p in model.parameters() if p.ndim < 2)
-    parameters = [matrices.flat, vectors.flat]
-    groups = [{"params": matrices.flat}, {"params": vectors.flat, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    flats = flat_parameters(model)
+    optimizer = ShardedAdamW(flats, learning_rate, (weight_decay, 0.0), betas=(0.9, 0.98))
     inputs = {"corpus": corpus.hash, "split": splits.name, "semantic_ids": semantic_ids.digest}
     inputs["item_features"] = semantic_ids.tokenizer.get("item_features", "none")
     run = Run(save_dir_root.format(corpus=corpus.name), settings, inputs, accelerator)
@@ -157,20 +152,8 @@ def train(
     start_step, best = state["step"], state["best"]  # best: validation metrics of the best checkpoint
     distributed.weights_from_main(model)
     run.save_config()
-
-    # Passes
     padding = padding_rows(batch_size // accelerator.num_processes) if recorded else 0
-
-    def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Forward and backward for samples that count `weight` in the step's mean; returns their part of its losses."""
-        with accelerator.autocast():  # here, so that a recording holds its own casts of the weights
-            losses = model(source.batch(index, uniform, size, padding))
-        accelerator.backward(losses.loss * weight)
-        matrices.collect_grads()
-        vectors.collect_grads()
-        return torch.stack([losses.loss, losses.items, *losses.levels]).detach() * weight
-
-    replay = Replay(passes, parameters, device, recorded)
+    replay = recorded_passes(model, source, flats, padding, accelerator)
 
     # Loop
     lines = {
@@ -178,7 +161,8 @@ def train(
         "semantic ids": f"{semantic_ids.level_sizes} codes on {tree.n_levels} levels",
         "training": f"{len(source):,} histories",
     }
-    report.heading("Retriever", lines, model, run.root, f"step {start_step:,} of {iterations:,}", is_main)
+    if is_main:
+        report.heading("Retriever", lines, model, run.root, f"step {start_step:,} of {iterations:,}")
     protocol = "new" if exclude_history else "all"
     names = ["loss", "loss_items", *(f"loss_level_{n + 1}" for n in range(tree.n_levels))]
     last = last_step(iterations, best, patience * full_eval_every)
@@ -195,7 +179,7 @@ def train(
                 size = bucket_size(source.n_items(*share), padding, max_items)
                 weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
                 step_losses += replay(size, *share, weight)
-            norm = distributed.update(optimizer, parameters, max_gradient_norm, accelerator)
+            norm = optimizer.update(max_gradient_norm, accelerator.scaler)
 
             steps.made(step + 1, step_losses, norm, replay.recording)
             if due(step + 1, partial_eval_every, iterations):
@@ -215,14 +199,8 @@ def train(
     if sasrec_baseline:
         sasrec = train_sasrec(source, valid, corpus.n_items, protocol, accelerator, seed)
         rows["sasrec"] = sasrec_ranks(sasrec, test, accelerator)
-    own = evaluation.rows(test)
-    rows |= own | evaluation.other_way(test)
-    figures = all_figures(rows, task_groups(test, splits.train_lengths, corpus.n_items), top_k, corpus.n_items)
-    figures |= ranking_metrics(list(own.values())[-1][protocol], top_k)
-    lists = evaluation.lists(test, min(CHOSEN_K, corpus.n_items), exclude_history)
-    figures["distinct_share"] = float(occurring(lists, corpus.n_items).float().mean())
     metrics = {f"valid/{name}": value for name, value in best.items()}
-    metrics |= {f"test/{name}": value for name, value in figures.items()}
+    metrics |= final_figures(evaluation, test, rows, splits.train_lengths, protocol, top_k)
     if is_main:
         save_ranks(run.root / "ranks.safetensors", rows)
         made = Pipeline(model, semantic_ids, features, corpus.titles(), counts, max_items, tokenizer, columns)
@@ -234,11 +212,57 @@ def train(
     run.finish(metrics)
     if is_main:
         plots.retriever(run.root)
-    report.retrieval_table(metrics, splits.name, exclude_history, run.root, show=is_main)
+        report.retrieval_table(metrics, splits.name, exclude_history, run.root)
     if push_to_hf and is_main:
         print(f"Uploaded to {push_folder(run.root / 'pipeline', hf_model_name)}")
     distributed.end(accelerator)
     return metrics
+
+
+def flat_parameters(model: EncoderDecoderRetrievalModel) -> tuple[FlatParameters, FlatParameters]:
+    """The matrices, and the vectors and numbers, which weight decay leaves alone."""
+    parameters = list(model.parameters())
+    return FlatParameters(p for p in parameters if p.ndim >= 2), FlatParameters(p for p in parameters if p.ndim < 2)
+
+
+def recorded_passes(
+    model: EncoderDecoderRetrievalModel,
+    source: SequenceSource,
+    flats: tuple[FlatParameters, ...],
+    padding: int,
+    accelerator: Accelerator,
+) -> Replay:
+    """Forward and backward for samples, as `replay(size, index [B], uniform [B], weight [])`: they have `size` items
+    with their `padding` rows (0: they are not recorded), and count `weight` in the step's mean. Returns their part of
+    its losses: total, of the items, of each level."""
+
+    def passes(size: int, index: torch.Tensor, uniform: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with accelerator.autocast():  # here, so that a recording holds its own casts of the weights
+            losses = model(source.batch(index, uniform, size, padding))
+        accelerator.backward(losses.loss * weight)
+        for flat in flats:
+            flat.collect_grads()
+        return torch.stack([losses.loss, losses.items, *losses.levels]).detach() * weight
+
+    return Replay(passes, [flat.flat for flat in flats], accelerator.device, padding > 0)
+
+
+def final_figures(
+    evaluation: Evaluation,
+    test: SequenceSource,
+    rows: dict[str, dict[str, torch.Tensor]],
+    train_lengths: torch.Tensor,
+    protocol: str,
+    top_k: tuple[int, ...],
+) -> dict[str, float]:
+    """What metrics.json says of the test split; adds the model's ranks to the rows of baselines."""
+    n_items, own = evaluation.model.tree.n_items, evaluation.rows(test)
+    rows |= own | evaluation.other_way(test)
+    figures = all_figures(rows, task_groups(test, train_lengths, n_items), top_k, n_items)
+    figures |= ranking_metrics(list(own.values())[-1][protocol], top_k)
+    lists = evaluation.lists(test, min(CHOSEN_K, n_items), protocol == "new")
+    figures["distinct_share"] = float(occurring(lists, n_items).float().mean())
+    return {f"test/{name}": value for name, value in figures.items()}
 
 
 def check_options(top_k: tuple[int, ...], beams: int, sasrec_baseline: bool, every_position: bool) -> None:

@@ -32,14 +32,11 @@ from common.parameters import (
     Share,
     configurable,
 )
-from data.cooccurrence import CoOccurrenceSvd  # noqa: F401  (named in configs)
-from data.encoders import SentenceEncoder, TfidfSvd  # noqa: F401  (named in configs)
 from data.features import Sources, item_features
 from data.processed import RecDataset
 from data.shuffle import Shuffler, derive_seed, seed_noise
 from data.sources import FittedSources
 from data.splits import SplitKind
-from data.vectors import Vectors  # noqa: F401  (named in configs)
 from modules.card import tokenizer_card
 from modules.pretrained import CARD, HUB_ID, push_folder
 from modules.rqvae import RqVae
@@ -53,6 +50,7 @@ from training.metrics import codebook_usage, collisions, neighbour_agreement
 from training.replay import Replay
 from training.run import Run, load_splits
 from training.schedule import due, warmup_cosine
+from training.sharded import ShardedAdamW
 from training.steps import Steps
 
 KMEANS_ROWS = 20_000  # rows the first codebooks are fitted on
@@ -96,7 +94,7 @@ def train(
 
     dataset, dataset_folder, dataset_split: see `data.processed.load_corpus`. features: what describes the items,
     e.g. [@TfidfSvd()]; categories: append them as multi-hot columns. split: "leave-one-out" or "temporal"; features
-    read its training data only. save_dir_root: "{corpus}" stands for the corpus name. batch_size: items a micro-step
+    read its training data only. save_dir_root: "{corpus}" stands for the corpus name. batch_size: items per micro-step
     over all processes. gumbel_temperature: first and last, geometric in between (Gumbel-softmax only).
     refit_every: steps between k-means fits of the codebooks to the current encoder, the last after the end; 0: never.
     min_usage: share of a level's codes in use at the end below which the tokenizer counts as collapsed: an error, or a
@@ -120,13 +118,12 @@ def train(
     # Model and optimizer
     set_seed(seed)
     fitted = described.fitted
-    columns = {"n_cat_features": fitted.n_cat_features, "from_interactions": fitted.from_interactions}
-    model = RqVae(input_dim=x.shape[1], **columns).to(device).train()
+    model = RqVae(x.shape[1], n_cat_features=fitted.n_cat_features, from_interactions=fitted.from_interactions)
+    model.to(device).train()
     if (size := model.config["codebook_size"]) > (n_rows := min(len(x), KMEANS_ROWS)):
         raise ValueError(f"RqVae.codebook_size = {size} is more than the {n_rows} items that codes are fitted to.")
-    codebooks, coders = flat_parameters(model)
-    parameters = [codebooks.flat, coders.flat]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, fused=True)
+    flats = codebooks, _ = flat_parameters(model)
+    optimizer = ShardedAdamW(flats, learning_rate, (weight_decay, weight_decay))
     inputs = {"corpus": corpus.hash, "features": fitted.identity, "split": splits.name}
     run = Run(save_dir_root.format(corpus=corpus.name), settings, inputs, accelerator)
     start_step = run.restore(model, optimizer)["step"]
@@ -136,12 +133,13 @@ def train(
         model.initialize(x[rows], generator)
     distributed.weights_from_main(model)  # k-means may round differently on other machines
     run.save_config()
-    replay = recorded_passes(model, x, (codebooks, coders), shuffler.batch_size, accelerator)
+    replay = recorded_passes(model, x, flats, shuffler.batch_size, accelerator)
 
     # Loop
     about = f"{corpus.n_items:,} items, features {x.shape[1]} ({fitted.identity}), {splits.name} split"
     start = f"step {start_step:,} of {iterations:,}"
-    report.heading("Tokenizer", {"corpus": f"{corpus.name}: {about}"}, model, run.root, start, is_main)
+    if is_main:
+        report.heading("Tokenizer", {"corpus": f"{corpus.name}: {about}"}, model, run.root, start)
     if start_step == 0:
         run.log(0, "catalogue", catalogue_metrics(model, x))
     names = ("loss", "reconstruction_loss", "quantize_loss")
@@ -155,7 +153,7 @@ def train(
             step_losses = torch.zeros(len(names), device=device)  # this process's part
             for (share,) in steps.shares(index):
                 step_losses += replay(len(share), share, temperature)
-            norm = distributed.update(optimizer, parameters, max_gradient_norm, accelerator)
+            norm = optimizer.update(max_gradient_norm, accelerator.scaler)
 
             if refit_every and due(step + 1, refit_every, iterations):
                 refit(model, x[rows], optimizer, codebooks, derive_seed(seed, "refit", step))
@@ -166,7 +164,8 @@ def train(
 
     # Semantic IDs
     codes = catalogue_codes(model, x)
-    metrics = {**catalogue_metrics(model, x), **id_metrics(model, codes, x)}
+    metrics = {**catalogue_metrics(model, x), **{f"id_{name}": value for name, value in collisions(codes).items()}}
+    metrics |= {"id_reconstruction_loss": reconstruction_error(model, x, codes), **neighbour_agreement(codes, x)}
     if is_main:
         folder = run.root / "tokenizer"
         folder.mkdir(exist_ok=True)
@@ -177,7 +176,8 @@ def train(
         plots.tokenizer(run.root)
         plots.codes(run.root, codes.cpu(), model.config["codebook_size"], corpus.categories())
     run.finish(metrics)
-    report.table("Semantic IDs", metrics, run.root, show=is_main)
+    if is_main:
+        report.table("Semantic IDs", metrics, run.root)
     report.verdict(metrics, min_usage, collapse_is_error, show=is_main)
     if push_vae_to_hf and is_main:
         print(f"Uploaded to {push_folder(run.root / 'tokenizer', vae_hf_model_name)}")
@@ -216,27 +216,17 @@ def recorded_passes(
     return Replay(passes, [flat.flat for flat in flats], x.device, recorded, model.state_dict().values())
 
 
-def refit(
-    model: RqVae, x: torch.Tensor, optimizer: torch.optim.Optimizer, codebooks: FlatParameters, seed: int
-) -> None:
+def refit(model: RqVae, x: torch.Tensor, optimizer: ShardedAdamW, codebooks: FlatParameters, seed: int) -> None:
     """Fits the codebooks to rows x [N, D] as the encoder sees them now, the same on every process."""
     model.fit_codebooks(x, torch.Generator(x.device).manual_seed(seed))
     distributed.weights_from_main(model.layers)
-    for moment in optimizer.state.get(codebooks.flat, {}).values():
-        moment.zero_()  # of other codes; Adam's step count starts again with them
+    optimizer.forget(codebooks)  # moments of other codes; Adam's step count starts again with them
 
 
 def catalogue_metrics(model: RqVae, x: torch.Tensor) -> dict[str, float]:
     """Of all items by their nearest codes: losses, usage and perplexity of each level, collisions."""
     codes = model.codes(x)
     return {**model.losses(x), **codebook_usage(codes, model.config["codebook_size"]), **collisions(codes)}
-
-
-def id_metrics(model: RqVae, codes: torch.Tensor, x: torch.Tensor) -> dict[str, float]:
-    """Of the codes [N, L] of items x [N, D]: uniqueness, reconstruction, and which neighbours share a prefix."""
-    error = reconstruction_error(model, x, codes)
-    unique = {f"id_{name}": value for name, value in collisions(codes).items()}
-    return {**unique, "id_reconstruction_loss": error, **neighbour_agreement(codes, x)}
 
 
 def save_tokenizer(

@@ -3,7 +3,7 @@
     python update_catalogue.py out/decoder_sample --add items.csv --remove gone.txt --out out/decoder_sample_2
 
 New items get IDs by the pipeline's tokenizer; IDs and vectors of all others stay. items.csv (or .tsv, .parquet, .jsonl,
-.ndjson) has one item a row; gone.txt has one key a line. Writes a pipeline folder, as recommend.py reads it.
+.ndjson) has one item per row; gone.txt has one key per line. Writes a pipeline folder, as recommend.py reads it.
 """
 
 import signal
@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("pipeline", help="run folder, pipeline folder or Hub id (owner/name)")
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     parser.add_argument("--add", type=Path, metavar="FILE", help="items to add")
-    parser.add_argument("--remove", type=Path, metavar="FILE", help="keys of the items to take out, one a line")
+    parser.add_argument("--remove", type=Path, metavar="FILE", help="keys of the items to take out, one per line")
     parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="where to write; new or empty")
     parser.add_argument("--key", default="key", metavar="COLUMN", help="ids in the items' file (%(default)s)")
     parser.add_argument("--text", nargs="+", default=["text"], metavar="COLUMN", help="as CustomData.text_columns")
@@ -47,7 +47,9 @@ def update(arguments: argparse.Namespace) -> None:
     add, remove = Items([], [], []), read_keys(arguments.remove) if arguments.remove else []
     if arguments.add:
         columns = {"text_columns": tuple(arguments.text), "category_column": arguments.categories}
-        add = Items.read(CustomData(items=str(arguments.add), item_column=arguments.key, **columns).catalogue())
+        table = CustomData(items=str(arguments.add), item_column=arguments.key, **columns).catalogue()
+        assert table is not None
+        add = Items.read(table)
     before = Pipeline.load(arguments.pipeline, arguments.revision, tokenizer=True, text_model=arguments.text_model)
     after = changed(before, add, remove)
     after.save(arguments.out)

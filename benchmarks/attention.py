@@ -78,12 +78,16 @@ def varlen(name, rows, causal, leaves, grad, floors) -> None:
     from torch.nn.attention.varlen import varlen_attn
 
     lengths, longest = rows.offsets.int(), rows.max_length
-    options = {"window_size": (-1, 0)} if causal else {}
-    both(name, lambda: varlen_attn(*leaves, lengths, lengths, longest, longest, **options), leaves, grad, floors)
+    (q, k, v), window = leaves, (-1, 0 if causal else -1)
+
+    def attend():
+        return varlen_attn(q, k, v, lengths, lengths, longest, longest, window_size=window)
+
+    both(name, attend, leaves, grad, floors)
 
 
 def flex(name, rows, causal, leaves, grad, floors, bias) -> None:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import FlexKernelOptions, create_block_mask, flex_attention
 
     total = len(grad)
     document = row_indices(rows.offsets, total)
@@ -97,11 +101,12 @@ def flex(name, rows, causal, leaves, grad, floors, bias) -> None:
 
     mask = torch.compile(create_block_mask)(visible, None, None, total, total)
     compiled = torch.compile(flex_attention)
-    options = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+    options: FlexKernelOptions = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32}
+    options |= {"BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
     def attend():
-        heads = [t.transpose(0, 1)[None] for t in leaves]
-        out = compiled(*heads, score_mod=add_bias, block_mask=mask, kernel_options=options)
+        q, k, v = (t.transpose(0, 1)[None] for t in leaves)
+        out = compiled(q, k, v, score_mod=add_bias, block_mask=mask, kernel_options=options)
         return out[0].transpose(0, 1)
 
     both(name, attend, leaves, grad, floors)
@@ -123,7 +128,8 @@ def padded(name, rows, causal, leaves, grad, floors, bias) -> None:
         return values.new_zeros(*real.shape, *values.shape[1:]).index_put((real,), values).transpose(1, 2)
 
     def attend():
-        return F.scaled_dot_product_attention(*map(pad, leaves), mask).transpose(1, 2)[real]
+        q, k, v = map(pad, leaves)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)[real]
 
     both(name, attend, leaves, grad, floors, wrap=lambda function: function)
 

@@ -48,7 +48,7 @@ Targets = tuple[list[list[str]], list[str]]  # histories of item keys, and what 
 
 def targets(corpus: Corpus, new: set[str]) -> dict[str, Targets]:
     """Of users with three items or more."""
-    found = {name: ([], []) for name in ("cold users", "cold events", "warm users")}
+    found: dict[str, Targets] = {name: ([], []) for name in ("cold users", "cold events", "warm users")}
     for row in corpus.interactions.items.split(corpus.interactions.offsets.diff().tolist()):
         row = [corpus.item_keys[n] for n in row.tolist()]
         groups = [("cold events", n) for n in range(2, len(row)) if row[n] in new]
@@ -70,7 +70,7 @@ def places(items: Tensor, target: Tensor) -> Tensor:
     return torch.where(hits.any(1), hits.int().argmax(1), max(K))
 
 
-def by_text(made: Pipeline, index: dict[str, int], histories, next_keys: list[str], allow: set[str]) -> Tensor:
+def by_text(made: Pipeline, index: dict[str | int, int], histories, next_keys: list[str], allow: set[str]) -> Tensor:
     """The same by nearest text."""
     features, parts = torch.from_numpy(made.features).float(), []
     blocked = torch.tensor([key not in allow for key in made.semantic_ids.item_keys])
@@ -92,7 +92,7 @@ def experiment(corpus: Corpus, folder: Path, seed: int, steps: int) -> dict[tupl
     ready = (folder / "decoder" / "pipeline" / "pipeline.json").is_file()
     before = Pipeline.load(folder / "decoder", tokenizer=True) if ready else train(warm, folder, seed, steps)
     after = changed(before, cold)
-    found, new, rows = targets(corpus, set(cold.keys)), set(cold.keys), {}
+    found, new, rows = targets(corpus, set(cold.keys)), set(cold.keys), dict[tuple[str, str], Tensor]()
     old_one, one = Recommender(before), Recommender(after)
     for group, (histories, next_keys) in found.items():
         at = {}

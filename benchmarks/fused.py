@@ -65,7 +65,7 @@ def compare_takes(count: int, width: int, device: torch.device, bandwidth: float
     items = torch.randint(0, N_ITEMS, (count,), device=device)
     grad = torch.randn(count, width, device=device, dtype=torch.bfloat16)
     read = len(items.unique()) * width * table.element_size()
-    limits = [1e6 * n / bandwidth for n in (read + grad.nbytes, grad.nbytes + table.nbytes)]
+    limits = 1e6 * (read + grad.nbytes) / bandwidth, 1e6 * (grad.nbytes + table.nbytes) / bandwidth
     functions = {"ours": lambda table: take_rows(table, items), "torch": lambda table: F.embedding(items, table)}
     compare(f"{count:,} of {N_ITEMS:,} rows, {width} wide, bfloat16", functions, [table], grad, limits)
 

@@ -48,7 +48,7 @@ def searcher(model: EncoderDecoderRetrievalModel, beams: int | None, args) -> Re
 
 def multiplied(model: EncoderDecoderRetrievalModel, beams: int | None) -> tuple[int, int]:
     """Weights that are multiplied with each token of a history, and with each user."""
-    dim, counts = model.items.table.shape[1], model.tree.n_nodes
+    dim, counts = model.config["dim"], model.tree.n_nodes
     rows = counts[0] if beams else sum(counts) + model.tree.n_items
     return weights(model.encoder), weights(model.queries) + rows * dim
 

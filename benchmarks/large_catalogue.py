@@ -1,11 +1,12 @@
 """A catalogue of millions of items through both stages: drawn, cached, tokenized, trained, evaluated.
 
-    python -m benchmarks.large_catalogue scratch/large                                       # 10 million items
-    python -m benchmarks.large_catalogue scratch/large --items 100_000 --users 20_000 --steps 100 100 --max-rows 20_000
+    python -m benchmarks.large_catalogue out/large                                       # 10 million items
+    python -m benchmarks.large_catalogue out/large --items 100_000 --users 20_000 --steps 100 100 --max-rows 20_000
 
 Items come in groups of 1,000, popular by Zipf's law within a group, as groups are. A user stays with a group or moves
 to one of its four successors, the same for all users; the vectors of 64 columns say which group an item is of. The best
-list knows the groups: its recall@10 is printed. Then both scripts run on it, with their phases and peaks of memory.
+list knows the groups: its recall@10 is printed. Then both scripts run on it, with their phases and peaks of memory, and
+the first 10,000 users get ten items each.
 """
 
 import argparse
@@ -20,11 +21,12 @@ import torch
 
 from common.schemas import Interactions
 from data.corpus import Corpus
+from modules.serving.recommender import Recommender
 from ops.jagged import lengths_to_offsets
 
 REPOSITORY = Path(__file__).parents[1]
 GROUP, COLUMNS, SUCCESSORS, STAYS, MEAN, LONGEST = 1000, 64, 4, 0.7, 100, 400
-NAME = "large"
+NAME, SERVED = "large", 10_000
 DATA = """
 train.dataset = %data.processed.RecDataset.CUSTOM
 train.dataset_folder = "{folder}"
@@ -108,6 +110,21 @@ def run(script: str, folder: Path, config: str, **values) -> None:
     print(f"\n{script}.py: {took:.0f} s, up to {peak:.1f} GiB of host memory so far\n", flush=True)
 
 
+def serve(folder: Path) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.perf_counter()
+    recommender = Recommender.from_pretrained(folder / "decoder", device=device)
+    loaded = time.perf_counter()
+    rows = Corpus.load(folder / "processed" / NAME).interactions
+    histories = rows.items[: rows.offsets[SERVED]].split(rows.offsets.diff()[:SERVED].tolist())
+    keys = [[str(item) for item in history.tolist()] for history in histories]
+    asked = time.perf_counter()
+    recommender.rank(keys)
+    print(f"recommending: loaded in {loaded - start:.0f} s, {len(keys) / (time.perf_counter() - asked):,.0f} users/s")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{peak:.1f} GiB of host memory, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the device's")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="scratch folder; what is there already is not drawn again")
@@ -126,6 +143,7 @@ def main() -> None:
         print(f"drawn and cached in {time.perf_counter() - start:.0f} s", flush=True)
     run("train_rqvae", folder, TOKENIZER, steps=args.steps[0])
     run("train_decoder", folder, RETRIEVER, steps=args.steps[1], max_rows=args.max_rows)
+    serve(folder)
 
 
 if __name__ == "__main__":

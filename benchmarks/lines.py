@@ -22,7 +22,7 @@ def count(folder: Path, revision: str | None) -> Counter[str]:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode > 1:  # 1: there are none
         sys.exit(done.stderr.strip())
-    lines = Counter()
+    lines: Counter[str] = Counter()
     for entry in done.stdout.splitlines():
         path, number = entry.removeprefix(f"{revision}:").split("\0")
         lines[path.split("/")[0] if "/" in path else "scripts"] += int(number)

@@ -1,9 +1,9 @@
 """Drawn data of MovieLens-32M's size, as its files or as a cached corpus, and the recall@10 of who knows the drawing.
 
-    python -m benchmarks.movielens_32m scratch/ml32m                     # three CSV files in scratch/ml32m/raw
-    python -m benchmarks.movielens_32m scratch/ml32m --scale .1 --cache  # the corpus itself, in scratch/ml32m/processed
+    python -m benchmarks.movielens_32m out/ml32m                     # three CSV files in out/ml32m/raw
+    python -m benchmarks.movielens_32m out/ml32m --scale .1 --cache  # the corpus itself, in out/ml32m/processed
 
-`--gin 'train.dataset_folder = "scratch/ml32m"'` on configs/*_ml32m.gin trains with either; they make the same corpus.
+`--gin 'train.dataset_folder = "out/ml32m"'` on configs/*_ml32m.gin trains with either; they make the same corpus.
 At full size 200,948 users give 32,000,204 ratings to 87,585 movies, and 2,000,072 tags.
 
 A movie is of one of 60 groups, and has a popularity and 8 followers, most of them of its group. A user has 6 groups and
@@ -63,7 +63,7 @@ class World:
     known: np.ndarray
     popularity: np.ndarray
     borders: np.ndarray
-    followers: np.ndarray | None = None
+    followers: np.ndarray
 
 
 def draw_world(movies: int, draw: np.random.Generator) -> World:
@@ -71,7 +71,7 @@ def draw_world(movies: int, draw: np.random.Generator) -> World:
     group = np.sort(draw.choice(GROUPS, movies, p=sizes / sizes.sum()))
     weights = (np.exp(-a * np.log1p(rank / b) ** 2).cumsum() for a, b in (KNOWN, POPULARITY))
     known, popularity = (np.append(0, sums / sums[-1]) for sums in weights)
-    world = World(group, known, popularity, popularity[np.searchsorted(group, np.arange(GROUPS + 1))])
+    world = World(group, known, popularity, popularity[np.searchsorted(group, np.arange(GROUPS + 1))], np.empty(0))
     near = np.where(draw.random((movies, len(FOLLOWERS))) < 0.8, group[:, None], GROUPS)
     world.followers = by_popularity(world, near, draw).astype(np.int32)
     return world
@@ -257,6 +257,7 @@ def corpus(data: Drawn) -> Corpus:
     names, places = np.unique(np.array(WORDS)[data.tags], return_inverse=True)
     order = places.argsort(kind="stable")
     columns = np.stack([users, data.tagged, places, times])[:, order].astype(np.int64)
+    user, item, name, time = map(torch.as_tensor, np.ascontiguousarray(columns))
     texts = []
     for title, genres in zip(data.titles, data.genres, strict=True):
         texts.append(f"{title}. Genres: {', '.join(genres)}." if genres else f"{title}.")
@@ -267,7 +268,7 @@ def corpus(data: Drawn) -> Corpus:
         user_keys=np.arange(1, len(data.counts) + 1).astype(str).tolist(),
         texts=texts,
         categories=data.genres,
-        tags=Tags(*map(torch.as_tensor, columns), names.tolist()),
+        tags=Tags(user, item, name, time, names.tolist()),
     )
 
 

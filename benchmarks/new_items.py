@@ -51,7 +51,8 @@ def without(corpus: Corpus, gone: Tensor) -> tuple[Corpus, Items]:
     users = [key for key, length in zip(corpus.user_keys, lengths.tolist(), strict=True) if length]
     every = [*zip(rows, corpus.item_keys, corpus.texts(), corpus.categories(), strict=True)]
     parts = ([item[1:] for item in every if item[0] == away] for away in (False, True))
-    warm, cold = (Items(*map(list, zip(*part, strict=True))) for part in parts)
+    fields = (map(list, zip(*part, strict=True)) for part in parts)
+    warm, cold = (Items(keys, texts, groups) for keys, texts, groups in fields)
     return Corpus.build(corpus.name, left, warm.keys, users, warm.texts, warm.categories), cold
 
 

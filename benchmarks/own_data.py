@@ -1,6 +1,6 @@
 """A data set of one's own, from CSV files to a trained tokenizer and retriever, with the configs for it as they are.
 
-    python -m benchmarks.own_data scratch/own
+    python -m benchmarks.own_data out/own
 
 Writes 1,000,000 interactions of 50,000 users with 20,000 items, of which 19,000 occur; a user stays with one of 200
 topics, which the titles name. Then runs both scripts for a few steps, on a temporal split with some 4,000 tasks

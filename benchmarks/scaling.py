@@ -1,22 +1,42 @@
-"""Training speed of the retriever on 1 and more GPUs at the same batch a GPU, and its metrics at the same global batch.
+"""Training on 1 and more GPUs at the same batch a GPU and at the same global batch: speed, memory, metrics.
 
-    python -m benchmarks.scaling --gpus 1 2
+    python -m benchmarks.scaling --gpus 1 2 4
+    python -m benchmarks.scaling --gpus 1 2 4 --config ml32m --folder dataset/ml32m --tokenizer out/rqvae_ml32m
 
-Data are made up: 20,000 users who walk through 12,000 items with jumps. --cpu takes gloo processes instead of GPUs.
+All goes through train_decoder.py, evaluation included. Without --folder the data are made up, in Amazon's files: 20,000
+users who walk through 12,000 items with jumps. --cpu takes gloo processes instead of GPUs.
+
+Targets/s: in the second half of the run, without evaluation. Users/s: of the last validation. Communication: what
+summing gradients and gathering weights of the model's size takes by itself, as a share of a step. GiB: the main
+process's GPU.
 """
 
 import argparse
 import gzip
 import json
+import math
 import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+from safetensors import safe_open
+
+from data.processed import RecDataset, load_corpus
+from data.splits import leave_one_out, windows
+from training import distributed
+from training.flat import FlatParameters
+
 REPOSITORY = Path(__file__).parents[1]
-UNTIMED = 1 / 4  # share of the steps, the first, in which most sizes of batches are recorded
+DATA = {"amazon": RecDataset.AMAZON, "ml32m": RecDataset.ML_32M}
+MAX_ITEMS = {"amazon": 50, "ml32m": 200}  # of the configs
+ROUNDS = 30
+HEADING = """| processes | batch each | global batch | targets/s | times | communication | users/s | GiB | test |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def write_corpus(folder: Path, users: int, items: int) -> None:
@@ -40,67 +60,122 @@ def write_corpus(folder: Path, users: int, items: int) -> None:
             file.write(f"{{'asin': 'item{n}', 'title': '{words}', 'categories': [['c{n % 50}']]}}\n")
 
 
-def train(stage: str, folder: Path, name: str, processes: int, cpu: bool, *bindings: str) -> Path:
-    """Runs one stage under torchrun and returns its run folder."""
-    common = [f'train.dataset_folder="{folder}"', 'train.dataset_split="beauty"']
-    root = folder / name
-    common += [f'train.save_dir_root="{root}"', *bindings]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [f"train_{stage}.py", f"configs/{stage}_amazon.gin"]
-    command += [argument for binding in common for argument in ("--gin", binding)]
+def launch(processes: int, cpu: bool, *command: str) -> str:
+    """What a command under torchrun prints."""
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command)
     environment = os.environ | ({"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} if cpu else {})
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def train(stage: str, config: str, folder: Path, root: Path, processes: int, cpu: bool, *bindings: str) -> Path:
+    """Runs one stage and returns its run folder."""
+    bindings = (f'train.dataset_folder="{folder}"', f'train.save_dir_root="{root}"', *bindings)
+    arguments = [argument for binding in bindings for argument in ("--gin", binding)]
+    launch(processes, cpu, f"train_{stage}.py", f"configs/{stage}_{config}.gin", *arguments)
     return root
 
 
-def examples_per_second(root: Path, batch_size: int) -> float:
+def targets_per_history(config: str, folder: Path) -> float:
+    dataset = DATA[config]
+    corpus = load_corpus(dataset, str(folder), "beauty" if dataset is RecDataset.AMAZON else "")
+    lengths = leave_one_out(corpus.interactions).train_lengths
+    return float((lengths - 1).clamp_min(0).sum()) / len(windows(lengths, MAX_ITEMS[config]))
+
+
+def measured(root: Path, batch: int) -> tuple[float, float, float]:
+    """Histories/s, seconds of the last validation, GiB of the main process's GPU."""
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["split"] == "train"]
-    timed = [row for row in rows if row["step"] >= UNTIMED * rows[-1]["step"]]
-    first, last = timed[0], timed[-1]
-    return (last["step"] - first["step"]) * batch_size / (last["time"] - first["time"])
+    steps = [row for row in rows if row["split"] == "train"]
+    timed = [row for row in steps if row["step"] > steps[-1]["step"] / 2]
+    histories = (timed[-1]["step"] - timed[0]["step"]) * batch / (timed[-1]["time"] - timed[0]["time"])
+    last = [row for row in rows if row["split"] == "valid"][-1]
+    return histories, last["time"] - steps[-1]["time"], max(row.get("gpu_memory_gib", 0) for row in steps)
+
+
+def communication(run: Path, processes: int, cpu: bool) -> float:
+    """Seconds of `collectives` for a run's model."""
+    if processes == 1:
+        return 0.0
+    with safe_open(run / "pipeline" / "model.safetensors", "pt") as file:
+        size = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+    return float(launch(processes, cpu, "-m", "benchmarks.scaling", "--collectives", str(size)).split()[-1])
+
+
+def collectives(size: int) -> None:
+    """Prints the seconds that the processes of this launch take to sum `size` gradients and gather as many weights."""
+    accelerator = distributed.start()
+    flat = FlatParameters([torch.nn.Parameter(torch.zeros(size, device=accelerator.device))])
+    for repeat in range(ROUNDS + 5):
+        if repeat == 5:
+            float(flat.own[0])  # waits for the device
+            start = time.perf_counter()
+        flat.flat.grad = flat.flat.detach()
+        flat.sum_grads()
+        flat.gather()
+    float(flat.flat[0])
+    if accelerator.is_main_process:
+        print((time.perf_counter() - start) / ROUNDS)
+    distributed.end(accelerator)
+
+
+def made_up(arguments: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """A dataset folder, and the run of stage 1 on it."""
+    write_corpus(folder / "raw" / "beauty", arguments.users, arguments.items)
+    settings = ["train.features=[@TfidfSvd()]", "TfidfSvd.dim=32", "train.iterations=200", "train.refit_every=100"]
+    settings.append("train.collapse_is_error=False")  # items may be fewer than there are codes
+    return folder, train("rqvae", "amazon", folder, folder / "rqvae", 1, arguments.cpu, *settings)
+
+
+def compare(arguments: argparse.Namespace, folder: Path, tokenizer: Path, runs: Path) -> None:
+    """Prints a row for each number of processes and size of batches."""
+    steps, config, cpu, first = arguments.steps, arguments.config, arguments.cpu, 0.0
+    settings = [f'train.pretrained_rqvae_path="{tokenizer.resolve()}"', f"train.iterations={steps}"]
+    settings += [f"train.log_every={steps // 40}", f"train.full_eval_every={steps // 2}"]
+    settings += ["train.partial_eval_every=0", "train.save_model_every=0", *arguments.gin]
+    targets = targets_per_history(config, folder)
+    print(f"{config}: {targets:.1f} targets per history\n\n{HEADING}", flush=True)
+    for n in arguments.gpus:
+        seconds = None
+        for batch in sorted({arguments.batch, arguments.batch * n}):
+            bindings = *settings, f"train.batch_size={batch}"
+            run = train("decoder", config, folder, runs / f"{n}_{batch}", n, cpu, *bindings)
+            histories, validation, memory = measured(run, batch)
+            first = first or histories
+            metrics = json.loads((run / "metrics.json").read_text())
+            seconds = communication(run, n, cpu) if seconds is None else seconds
+            share = seconds * histories / batch
+            row = [f"{n} | {batch // n} | {batch} | {targets * histories:,.0f} | {histories / first:.2f} | {share:.1%}"]
+            row += [f"{metrics['test/users'] / validation:,.0f} | {memory:.1f}"]
+            row += [f"{metrics['test/recall@10']:.4f}, {metrics['test/ndcg@10']:.4f}"]
+            print(f"| {' | '.join(row)} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--batch", type=int, default=256, help="histories a GPU")
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--batch", type=int, default=256, help="histories per GPU")
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--users", type=int, default=20_000)
     parser.add_argument("--items", type=int, default=12_000)
+    parser.add_argument("--config", choices=list(DATA), default="amazon")
+    parser.add_argument("--folder", type=Path, help="a dataset folder of the config; needs --tokenizer")
+    parser.add_argument("--tokenizer", type=Path, help="the run of stage 1")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gin", action="append", default=[], metavar="BINDING", help="of the retriever; repeatable")
+    parser.add_argument("--collectives", type=int, metavar="SIZE", help=argparse.SUPPRESS)  # in each process
     arguments = parser.parse_args()
-    if arguments.steps < 40:
-        parser.error("--steps: at least 40")
+    if arguments.collectives is not None:
+        return collectives(arguments.collectives)
+    if arguments.steps < 40 or (arguments.folder is None) != (arguments.tokenizer is None):
+        parser.error("--steps: at least 40; --folder and --tokenizer go together")
     with TemporaryDirectory() as name:
-        folder, cpu = Path(name), arguments.cpu
-        write_corpus(folder / "raw" / "beauty", arguments.users, arguments.items)
-        features = ("train.features=[@TfidfSvd()]", "TfidfSvd.dim=32", "train.iterations=200", "train.refit_every=100")
-        few_items = "train.collapse_is_error=False"  # they may be fewer than there are codes
-        train("rqvae", folder, "rqvae", 1, cpu, *features, few_items)
-        common = (
-            f'train.pretrained_rqvae_path="{folder}/rqvae"',
-            f"train.iterations={arguments.steps}",
-            f"train.log_every={arguments.steps // 40}",
-            "train.partial_eval_every=0",
-            "train.full_eval_every=0",
-            "train.save_model_every=0",
-            *arguments.gin,
-        )
-        print("| processes | batch each | global batch | examples/s | times the first | test recall@10, ndcg@10 |")
-        print("|---|---|---|---|---|---|")
-        first = None
-        for n in arguments.gpus:
-            for batch in sorted({arguments.batch, arguments.batch * n}):
-                run = train("decoder", folder, f"{n}_{batch}", n, cpu, *common, f"train.batch_size={batch}")
-                speed = examples_per_second(run, batch)
-                first = first or speed
-                metrics = json.loads((run / "metrics.json").read_text())
-                figures = f"{metrics['test/recall@10']:.6f}, {metrics['test/ndcg@10']:.6f}"
-                print(f"| {n} | {batch // n} | {batch} | {speed:,.0f} | {speed / first:.2f} | {figures} |", flush=True)
+        folder, tokenizer = arguments.folder, arguments.tokenizer
+        if folder is None:
+            folder, tokenizer = made_up(arguments, Path(name))
+        compare(arguments, folder, tokenizer, Path(name))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains tokenizer and retriever with several seeds, and prints what the seeds and the users make of the figures.
 
-    python -m benchmarks.seeds scratch/seeds configs/rqvae_amazon.gin configs/decoder_amazon.gin --seeds 3 \
+    python -m benchmarks.seeds out/seeds configs/rqvae_amazon.gin configs/decoder_amazon.gin --seeds 3 \
         --compare fused/new sasrec/new
 
 Seed n trains in <folder>/<n>; what is done there already is gone on with. Prints tables in Markdown: mean and standard
@@ -44,7 +44,7 @@ def train(folder: Path, seed: int, arguments: argparse.Namespace) -> Path:
 
 
 def table(metrics: list[dict[str, float]], rows: list[str]) -> None:
-    """One line a row and protocol, from each seed's metrics.json."""
+    """One line per row and protocol, from each seed's metrics.json."""
     print(f"\n| {len(metrics)} seeds | {' | '.join(NAMES)} |\n|---|---|---|")
     for row in rows:
         values = [[figures[f"test/{row}/{name}"] for figures in metrics] for name in NAMES]
@@ -55,9 +55,9 @@ def table(metrics: list[dict[str, float]], rows: list[str]) -> None:
 
 def comparison(ranks: list[dict[str, torch.Tensor]], a: str, b: str) -> None:
     """One line a metric, from each seed's ranks."""
-    both = [torch.stack([own[row].long() for own in ranks]) for row in (a, b)]  # 2 x [seeds, S]
+    of_a, of_b = (torch.stack([own[row].long() for own in ranks]) for row in (a, b))  # [seeds, S]
     print(f"\n| {a} against {b} | difference | 95 % interval | not better |\n|---|---|---|---|")
-    for name, found in paired_bootstrap(*both, k=10).items():
+    for name, found in paired_bootstrap(of_a, of_b, k=10).items():
         interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
         print(f"| {name} | {found['difference']:+.4f} | {interval} | {found['not_better']:.2%} |")
 
@@ -68,11 +68,14 @@ def main() -> None:
     parser.add_argument("tokenizer", help="gin file of train_rqvae.py")
     parser.add_argument("retriever", help="gin file of train_decoder.py")
     parser.add_argument("--seeds", type=int, default=3)
-    repeated = {"action": "append", "default": [], "metavar": "BINDING", "help": "override a parameter; repeatable"}
-    parser.add_argument("--tokenizer-gin", **repeated)
-    parser.add_argument("--retriever-gin", **repeated)
-    pair = {"nargs": 2, "metavar": ("ROW/PROTOCOL", "ROW/PROTOCOL"), "help": "first against second; repeatable"}
-    parser.add_argument("--compare", action="append", default=[], **pair)
+    for name in ("--tokenizer-gin", "--retriever-gin"):
+        parser.add_argument(
+            name, action="append", default=[], metavar="BINDING", help="override a parameter; repeatable"
+        )
+    pair = "ROW/PROTOCOL", "ROW/PROTOCOL"
+    parser.add_argument(
+        "--compare", action="append", default=[], nargs=2, metavar=pair, help="first against second; repeatable"
+    )
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     roots = [train(folder / str(seed), seed, arguments) for seed in range(arguments.seeds)]

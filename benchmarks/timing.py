@@ -26,8 +26,12 @@ def quantiles(function: Callable, milliseconds: int = 100) -> tuple[float, float
 def replayed(function: Callable) -> Callable:
     """The function's work on the device, recorded as a CUDA graph: what it takes where the host does not hold it up."""
     graph, output = record(function)
-    graph.output = output  # lives as long as the graph
-    return graph.replay
+
+    def again() -> object:
+        graph.replay()
+        return output  # so that it lives as long as the graph
+
+    return again
 
 
 def timed(function: Callable, device: torch.device) -> tuple[float, float, float]:

@@ -23,6 +23,7 @@ from train_rqvae import flat_parameters, recorded_passes
 from training import distributed
 from training.flat import FlatParameters
 from training.metrics import collisions
+from training.sharded import ShardedAdamW
 
 BATCH, ROWS = 640, 65536  # of a training step; written at a time
 
@@ -36,19 +37,18 @@ def operations(model: RqVae, batch: int) -> int:
 
 def stepper(
     model: RqVae, x: Tensor, batch: int
-) -> tuple[Callable[[Tensor, float, float], None], torch.optim.Optimizer, FlatParameters]:
+) -> tuple[Callable[[Tensor, float, float], None], ShardedAdamW, FlatParameters]:
     """The step of train_rqvae.py as a function of index, rate and temperature; its optimizer, and the codebooks."""
     accelerator = distributed.start(cpu=not x.is_cuda)
-    codebooks, coders = flats = flat_parameters(model)
-    parameters = [codebooks.flat, coders.flat]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
+    codebooks, _ = flats = flat_parameters(model)
+    optimizer = ShardedAdamW(flats, 1e-3, (0.01, 0.01))
     replay = recorded_passes(model, x, flats, batch, accelerator)
 
     def step_once(index: Tensor, rate: float, temperature: float) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         replay(len(index), index, torch.tensor(temperature))
-        distributed.update(optimizer, parameters, 1.0, accelerator)
+        optimizer.update(1.0, accelerator.scaler)
 
     return step_once, optimizer, codebooks
 
@@ -122,7 +122,7 @@ def write_features(path: Path, n: int, dim: int, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(derive_seed(0, start))
         values = torch.randn(count, dim, generator=generator, device=device)
         values += centres[torch.randint(0, len(centres), (count,), generator=generator, device=device)]
-        left, place = memoryview(values.cpu().numpy()).cast("B"), header + start * dim * 4
+        left, place = values.cpu().numpy().data.cast("B"), header + start * dim * 4
         while left:  # a call writes 2 GiB at most
             written = os.pwrite(file.fileno(), left, place)
             left, place = left[written:], place + written

@@ -74,9 +74,9 @@ def weights(*modules: torch.nn.Module) -> int:
 
 def operations(model: EncoderDecoderRetrievalModel, tokens: float, targets: float) -> float:
     """Of a step's matrix products, forward and backward; attention's and those below the first level left out."""
-    described = len(model.items.features) * weights(model.items.mlp)
-    described += sum(len(level.features) * weights(level.mlp) for level in model.nodes)
-    scored = model.items.table.shape[1] * (model.tree.n_items + model.tree.n_nodes[0])
+    sums = [vectors for vectors in (model.items, *model.nodes) if vectors is not None]
+    described = sum(len(of.features) * weights(of.mlp) for of in sums if of.features is not None and of.mlp is not None)
+    scored = model.config["dim"] * (model.tree.n_items + model.tree.n_nodes[0])
     return 6 * (described + tokens * weights(model.encoder) + targets * (weights(model.queries) + scored))
 
 

@@ -1,15 +1,19 @@
 """Writing files so that no reader ever sees half of one, and no two processes write the same ones."""
 
-import errno
+import hashlib
+import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -21,8 +25,8 @@ def naming(path: Path) -> Iterator[None]:
         inner = re.search(r"\(os error (\d+)\)", str(error))  # as libraries in Rust say it
         if inner:
             raise OSError(int(inner[1]), os.strerror(int(inner[1])), str(path)) from error
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -50,6 +54,19 @@ def write_file(path: Path, content: bytes) -> None:
         part.write_bytes(content)
 
 
+def write_rows(path: Path, n_rows: int, parts: Iterable[np.ndarray]) -> None:
+    """Writes parts [m, D] of a matrix [n_rows, D], in order, as a .npy file by way of `aside`; memory holds one part.
+
+    A full disk is an error here; under a memory-mapped file it would end the process.
+    """
+    with aside(path) as part, open(part, "wb") as file:
+        for rows in parts:
+            if file.tell() == 0:
+                header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (n_rows, *rows.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(rows).data)
+
+
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
     """As `aside`, an empty folder to fill. Where it takes the place of another, that one is renamed first: there may
@@ -71,6 +88,12 @@ def folder_aside(path: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def flush(path: Path) -> None:
     """Makes a file's content, or a folder's names, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -84,7 +107,7 @@ def flush(path: Path) -> None:
 def in_turn() -> Iterator[None]:
     """The main process first, then one process of each other node, then all: each finds the caches of those before.
 
-    So data is prepared once where the nodes share a disk, and once a node where they don't.
+    So data is prepared once where the nodes share a disk, and once per node where they don't.
     """
     from accelerate import PartialState
 
@@ -107,7 +130,7 @@ def lock(path: Path, busy: str | None = None) -> AcquireReturnProxy:
         owner = " ".join(path.read_text().split())
         if busy is not None:
             raise ValueError(f"{path.parent} is in use by {owner}. {busy}") from None
-        print(f"{path.parent}: waiting for {owner}, which writes there", flush=True)
+        logger.info(f"{path.parent}: waiting for {owner}, which writes there")
         proxy = held.acquire()
     if isinstance(held, FileLock):  # where the disk knows no such locks, filelock writes the file itself
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")

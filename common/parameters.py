@@ -3,6 +3,7 @@
 import copy
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -79,10 +80,10 @@ def configurable(target: Callable | str, name: str = "") -> Callable:
             bound.arguments[place] = _fit(adapters[place], f"{name}.{place}", bound.arguments[place])
         return function(*bound.args, **bound.kwargs)
 
-    checked.__signature__ = signature  # which gin reads
+    vars(checked)["__signature__"] = signature  # which gin reads
     CONFIGURABLES[f"{target.__module__}.{name}"] = adapters
     if inspect.isclass(target):
-        target.__init__ = checked
+        target.__init__ = checked  # type: ignore[method-assign]  # as a decorator of the method would
     return gin.configurable(name)(target if inspect.isclass(target) else checked)
 
 
@@ -105,8 +106,9 @@ def bind(config: str, bindings: list[str]) -> None:
 
     A ValueError of one line says what can't be read, does not exist (and which names come near) or does not fit.
     """
+    source = config
+    logging.disable(logging.ERROR)  # gin logs what is raised, too
     try:
-        source = config
         gin.parse_config_file(config)
         for binding in bindings:
             source = f"--gin {binding!r}"
@@ -115,14 +117,18 @@ def bind(config: str, bindings: list[str]) -> None:
             gin.parse_config(binding)
         gin.finalize()
     except (SyntaxError, TokenError) as error:
-        problem = str(error.args[0]).strip().rpartition("\n")[2].strip()
-        raise ValueError(
-            f"{source}: {problem.rstrip('.')}; a value is a number, a text in quotes, or a list of them."
-        ) from error
+        problem = str(error.args[0]).strip().rpartition("\n")[2].strip(" .")
+        if isinstance(error, SyntaxError) and error.filename:
+            source, problem = f"{error.filename}, line {error.lineno}", f"{problem} in {(error.text or '').strip()!r}"
+        raise ValueError(f"{source}: {problem}; a value is a number, a text in quotes, or a list of them.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8: {error}") from error
-    except ValueError as error:
+    except RecursionError as error:
+        raise ValueError(f"{source} includes itself.") from error
+    except (ValueError, OSError, ImportError) as error:
         raise ValueError(_with_names(str(error))) from error
+    finally:
+        logging.disable(logging.NOTSET)
     for selector, adapters in CONFIGURABLES.items():
         for place, adapter in adapters.items():
             try:

@@ -5,7 +5,7 @@
 | beauty | 22,363 | 12,101 | 198,502      |
 | toys   | 19,412 | 11,924 | 167,597      |
 
-P5: Geng et al. 2022, https://github.com/jeykigung/P5. Reviews: McAuley et al. 2015, one file a category.
+P5: Geng et al. 2022, https://github.com/jeykigung/P5. Reviews: McAuley et al. 2015, one file per category.
 """
 
 import ast
@@ -13,8 +13,9 @@ import gzip
 import html
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from common.schemas import Interactions
 from data.corpus import Corpus
 from data.download import RemoteFile
 from data.events import factorize, k_core, sequences
+from data.lines import parsed
 from ops.jagged import lengths_to_offsets
 
 CATEGORIES = {"beauty": "Beauty", "sports": "Sports_and_Outdoors", "toys": "Toys_and_Games"}
@@ -33,52 +35,42 @@ REVIEW_URLS = (
 )
 CORE = 5
 UNKNOWN = "Unknown item."
+T = TypeVar("T")
 
 
 def sources(split: str) -> tuple[tuple[RemoteFile, ...], ...]:
-    """The sources of a split, the preferred first: the P5 archive; reviews and metadata of its category.
-
-    Neither publishes checksums.
-    """
+    """The sources of a split, the preferred first: the P5 archive; reviews and metadata of its category, both without
+    checksums."""
     reviews = [f"reviews_{CATEGORIES[split]}_{CORE}.json.gz", f"meta_{CATEGORIES[split]}.json.gz"]
     p5 = RemoteFile("P5_data.zip", (P5_URL,), members={name: f"{split}/{name}" for name in FILES})
     return (p5,), tuple(RemoteFile(name, tuple(url + name for url in REVIEW_URLS)) for name in reviews)
 
 
 def read_amazon(folder: Path, name: str) -> Corpus:
-    """Reads sequential_data.txt, datamaps.json and meta.json.gz from `folder`.
-
-    Item id = P5's number - 1; users come in the order of sequential_data.txt, their items in time order. P5
-    keeps no timestamps. Items without metadata get a text that says so.
-
-    Raises ValueError that names file and line where anything in the files is malformed.
-    """
+    """Reads sequential_data.txt, datamaps.json and meta.json.gz from `folder`. Item id = P5's number - 1; users come in
+    the order of sequential_data.txt, their items in time order. P5 keeps no timestamps. Items without metadata get a
+    text that says so. ValueError names file and line of a defect."""
     numbers = _read_datamaps(folder / "datamaps.json")
     users, rows = _read_sequences(folder / "sequential_data.txt", numbers)
-    lengths = torch.tensor([len(row) for row in rows])
-    interactions = Interactions(
-        torch.tensor([item for row in rows for item in row], dtype=torch.int32), lengths_to_offsets(lengths)
-    )
-    user_keys = list(numbers["user2id"])
-    user_keys = [user_keys[user] for user in users]
+    items = torch.tensor([item for row in rows for item in row], dtype=torch.int32)
+    interactions = Interactions(items, lengths_to_offsets(torch.tensor([len(row) for row in rows])))
+    keys = list(numbers["user2id"])
+    user_keys = [keys[user] for user in users]
     return _with_metadata(name, interactions, list(numbers["item2id"]), user_keys, folder / "meta.json.gz")
 
 
 def read_reviews(reviews: Path, metadata: Path, name: str) -> Corpus:
     """Builds the sequences of P5 from the reviews of a category and adds its metadata.
 
-    reviews: gzip, one JSON object a line with reviewerID, asin and unixReviewTime. Users come in the order of the
+    reviews: gzip, one JSON object per line with reviewerID, asin and unixReviewTime. Users come in the order of the
     file, their items by time with ties in file order, items in the order in which these sequences name them: the
-    numbering of P5. Only what remains of the 5-core counts. Unlike P5 it keeps the timestamps.
-
-    Raises ValueError that names file and line where anything in the files is malformed.
+    numbering of P5. Only what remains of the 5-core counts. Unlike P5 it keeps the timestamps. ValueError names file
+    and line of a defect.
     """
     import polars as pl
 
-    events = pl.DataFrame(
-        list(_reviews(reviews)), {"user": pl.String, "item": pl.String, "timestamp": pl.Int64}, orient="row"
-    )
-    events = k_core(events, CORE)
+    schema = {"user": pl.String, "item": pl.String, "timestamp": pl.Int64}
+    events = k_core(pl.DataFrame(list(_parsed(reviews, _review)), schema, orient="row"), CORE)
     if events.is_empty():
         raise ValueError(f"{reviews}: no user and item have {CORE} reviews each")
     user_keys, users = factorize(events["user"])
@@ -88,20 +80,25 @@ def read_reviews(reviews: Path, metadata: Path, name: str) -> Corpus:
     return _with_metadata(name, interactions, item_keys, user_keys, metadata)
 
 
-def _reviews(path: Path) -> Iterable[tuple[str, str, int]]:
-    """User, item and time of each line."""
+def _parsed(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
+    """What `parse` makes of each line of a gzip file; its ValueError, and one of the file, names the line."""
     line_number = 1
     with gzip.open(path, "rb") as lines:
         try:
             for line in lines:
-                review = json.loads(line)
-                row = tuple(review.get(field) for field in ("reviewerID", "asin", "unixReviewTime"))
-                if tuple(map(type, row)) != (str, str, int):
-                    raise ValueError("reviewerID and asin must be strings and unixReviewTime a whole number")
-                yield row
+                yield parse(line)
                 line_number += 1
-        except (ValueError, AttributeError, OSError, EOFError, zlib.error) as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}, line {line_number}: {error}") from error
+
+
+def _review(line: bytes) -> tuple[str, str, int]:
+    """User, item and time."""
+    review = parsed(line)
+    user, item, time = (review.get(field) for field in ("reviewerID", "asin", "unixReviewTime"))
+    if not (isinstance(user, str) and isinstance(item, str) and type(time) is int and abs(time) < 2**63):
+        raise ValueError("reviewerID and asin must be strings and unixReviewTime a whole number within 64 bits")
+    return user, item, time
 
 
 def _with_metadata(
@@ -109,23 +106,16 @@ def _with_metadata(
 ) -> Corpus:
     described = _read_metadata(path, set(item_keys))
     metadata = [described.get(key, (UNKNOWN, [])) for key in item_keys]
-    return Corpus.build(
-        name,
-        interactions,
-        item_keys=item_keys,
-        user_keys=user_keys,
-        texts=[text for text, _ in metadata],
-        categories=[categories for _, categories in metadata],
-    )
+    texts, categories = (list(values) for values in zip(*metadata, strict=True))
+    return Corpus.build(name, interactions, item_keys, user_keys, texts, categories)
 
 
 def describe(item: dict) -> tuple[str, list[str]]:
     """The text and the distinct category names of one metadata record.
 
     {'title': 'Conditioner', 'brand': 'Aveda', 'categories': [['Beauty', 'Hair Care']], 'price': 9.99} becomes
-    "Conditioner. Brand: Aveda. Categories: Beauty > Hair Care. Price: $9.99."; what is missing is left out.
-
-    Raises ValueError where a field has another type than this.
+    "Conditioner. Brand: Aveda. Categories: Beauty > Hair Care. Price: $9.99."; what is missing is left out. ValueError
+    where a field has another type than this.
     """
     for field, kinds in (("title", str), ("brand", str), ("categories", list), ("price", (int, float))):
         value = item.get(field)
@@ -135,23 +125,19 @@ def describe(item: dict) -> tuple[str, list[str]]:
     if not all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups):
         raise ValueError(f"categories must be a list of lists of names, not {groups!r}")
     paths = [[entry for entry in map(_clean, group) if entry] for group in groups]
-    parts = [
-        _clean(item.get("title") or ""),
-        _labelled("Brand", _clean(item.get("brand") or "")),
-        _labelled("Categories", "; ".join(dict.fromkeys(" > ".join(path) for path in paths if path))),
-        _labelled("Price", f"${item['price']:.2f}" if item.get("price") is not None else ""),
-    ]
-    text = " ".join(part if part.endswith((".", "!", "?")) else part + "." for part in parts if part)
+    parts = {
+        "": _clean(item.get("title") or ""),
+        "Brand: ": _clean(item.get("brand") or ""),
+        "Categories: ": "; ".join(dict.fromkeys(" > ".join(path) for path in paths if path)),
+        "Price: ": f"${item['price']:.2f}" if item.get("price") is not None else "",
+    }
+    text = " ".join(label + part + "." * (part[-1] not in ".!?") for label, part in parts.items() if part)
     return text or UNKNOWN, list(dict.fromkeys(entry for path in paths for entry in path))
 
 
 def _clean(text: str) -> str:
     """HTML entities resolved, every run of white space one blank."""
     return " ".join(html.unescape(text).split())
-
-
-def _labelled(label: str, text: str) -> str:
-    return f"{label}: {text}" if text else ""
 
 
 def _read_datamaps(path: Path) -> dict[str, dict[str, int]]:
@@ -205,31 +191,28 @@ def _read_sequences(path: Path, numbers: dict[str, dict[str, int]]) -> tuple[lis
 def _read_metadata(path: Path, wanted: set[str]) -> dict[str, tuple[str, list[str]]]:
     """asin -> text and categories, of the wanted items; every line of the file is checked."""
     described: dict[str, tuple[str, list[str]]] = {}
-    line_number = 1
-    with gzip.open(path, "rb") as lines:
-        try:
-            for item in _literals(lines):
-                text, categories = describe(item)
-                if item["asin"] in described:
-                    raise ValueError(f"item {item['asin']!r} has a line already")
-                if item["asin"] in wanted:
-                    text.encode()  # raises where the text holds half a surrogate pair
-                    described[item["asin"]] = (text, categories)
-                line_number += 1
-            if not described:
-                raise ValueError("the file ends, and describes no item of the data set")
-        except (ValueError, OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}, line {line_number}: {error}") from error
+
+    def add(line: bytes) -> None:
+        item = _literal(line)
+        text, categories = describe(item)
+        if item["asin"] in described:
+            raise ValueError(f"item {item['asin']!r} has a line already")
+        if item["asin"] in wanted:
+            text.encode()  # raises where the text holds half a surrogate pair
+            described[item["asin"]] = (text, categories)
+
+    count = sum(1 for _ in _parsed(path, add))
+    if not described:
+        raise ValueError(f"{path}, line {count + 1}: the file ends, and describes no item of the data set")
     return described
 
 
-def _literals(lines: Iterable[bytes]) -> Iterable[dict]:
-    """The Python dict with an "asin" on each line; ValueError where there is none."""
-    for line in lines:
-        try:
-            item = ast.literal_eval(line.decode("utf-8"))
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise ValueError(f"not a Python dict literal ({error})") from error
-        if not isinstance(item, dict) or not isinstance(item.get("asin"), str):
-            raise ValueError("not a Python dict literal with an 'asin'")
-        yield item
+def _literal(line: bytes) -> dict:
+    """The Python dict with an "asin" on a line; ValueError where there is none."""
+    try:
+        item = ast.literal_eval(line.decode("utf-8"))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(f"not a Python dict literal ({error})") from error
+    if not isinstance(item, dict) or not isinstance(item.get("asin"), str):
+        raise ValueError("not a Python dict literal with an 'asin'")
+    return item

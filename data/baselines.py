@@ -9,11 +9,8 @@ from ops.jagged import row_indices
 
 
 class MostPopular:
-    """Ranks the items by how often they occur in the training interactions, the same for everyone.
-
-    train_lengths: [U] int64, how many leading interactions of each user are training data.
-    Ties go to the smaller item id.
-    """
+    """Ranks the items by how often they occur in the training interactions, the same for everyone. train_lengths: [U]
+    int64, how many leading interactions of each user are training data. Ties go to the smaller item id."""
 
     def __init__(self, interactions: Interactions, train_lengths: Tensor, n_items: int) -> None:
         items = interactions.items[in_training(interactions, train_lengths)].long()
@@ -28,9 +25,7 @@ class MostPopular:
 
 class Transition:
     """Ranks the items by how often they directly followed the user's last item in training, then the most popular.
-
-    Arguments as of `MostPopular`; ties go to the smaller item id among both. No item appears twice.
-    """
+    Arguments as of `MostPopular`; ties go to the smaller item id among both. No item appears twice."""
 
     def __init__(self, interactions: Interactions, train_lengths: Tensor, n_items: int) -> None:
         self.popular, self.n_items = MostPopular(interactions, train_lengths, n_items), n_items

@@ -1,5 +1,6 @@
 """Batches by tensor indexing: no per-sample Python, no padding, no worker processes."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from common.schemas import Interactions, Samples, SeqBatch
 from data.splits import drawn
 from ops.jagged import JaggedTensor, lengths_to_offsets, row_indices
 
-CONSUMED_BUCKET = 16  # items a row, to a multiple of which the consumed ones of a batch are filled up
+CONSUMED_BUCKET = 16  # items per row: a batch's consumed items are filled up to a multiple of them
 
 
 class SequenceSource:
@@ -31,16 +32,22 @@ class SequenceSource:
         device: torch.device,
         every_position: bool = False,
     ) -> None:
-        self.interactions = interactions
-        self.samples = samples
-        self.max_items = max_items
-        self.device = device
-        self.every_position = every_position
-        self._lengths = samples.position.clamp_max(max_items)  # [S] items of each history, on the host
-        self._samples = Samples(samples.user.to(device), samples.position.to(device), samples.slack.to(device))
-        self._starts = interactions.offsets[samples.user].to(device)  # [S] row of each user's first interaction
+        self.interactions, self.device, self.max_items = interactions, device, max_items
         self._items = interactions.items.to(device)
         self._first = first_occurrences(JaggedTensor(self._items, interactions.offsets.to(device), max_items))
+        self._draw_from(samples, every_position)
+
+    def with_samples(self, samples: Samples) -> "SequenceSource":
+        """A source of other samples of the same data, whose items it shares; a target is the last of each alone."""
+        source = copy.copy(self)
+        source._draw_from(samples, every_position=False)
+        return source
+
+    def _draw_from(self, samples: Samples, every_position: bool) -> None:
+        self.samples, self.every_position, device = samples, every_position, self.device
+        self._lengths = samples.position.clamp_max(self.max_items)  # [S] items of each history, on the host
+        self._samples = Samples(samples.user.to(device), samples.position.to(device), samples.slack.to(device))
+        self._starts = self.interactions.offsets[samples.user].to(device)  # [S] row of each user's first interaction
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -99,11 +106,9 @@ class SequenceSource:
         return JaggedTensor(items.long(), offsets, max_length), rows
 
     def in_order(self, batch_size: int, rank: int = 0, world_size: int = 1, filled: bool = False) -> Iterator[SeqBatch]:
-        """Every sample once, in order, with consumed items; process `rank` gets every world_size-th batch.
-
-        filled: samples and items are filled up, so that most batches have equal shapes, without waiting for the device:
-        by the first samples, whose targets have weight 0 then, and by padding rows (see `batch`).
-        """
+        """Every sample once, in order, with consumed items; process `rank` gets every world_size-th batch. filled:
+        samples and items are filled up, so that most batches have equal shapes, without waiting for the device: by the
+        first samples, whose targets have weight 0 then, and by padding rows (see `batch`)."""
         for start in range(rank * batch_size, len(self), batch_size * world_size):
             index = torch.arange(start, min(start + batch_size, len(self)))
             yield self._with_consumed(index, min(batch_size, len(self)) if filled else 0)
@@ -121,15 +126,13 @@ class SequenceSource:
             spare, longest = total - lengths.sum(), total  # of the first padding row
             lengths[n_samples], ends[n_samples] = spare, spare
             rows = row_indices(batch.targets.offsets, len(batch.targets.values))
-            batch = replace(batch, target_weights=batch.target_weights.masked_fill(rows >= n_real, 0.0))
+            batch = replace(batch, target_weights=batch.weights.masked_fill(rows >= n_real, 0.0))
         return replace(batch, consumed=self._slice(ends, lengths, total, longest)[0])
 
 
 def padding_rows(batch_size: int) -> int:
-    """How many rows may fill a batch up, so that a few sizes serve all batches.
-
-    The items of a batch vary by its square root, and the sizes lie this many longest histories apart.
-    """
+    """How many rows may fill a batch up, so that a few sizes serve all batches. The items of a batch vary by its square
+    root, and the sizes lie this many longest histories apart."""
     return math.isqrt(max(batch_size - 1, 0)) // 4 + 1
 
 

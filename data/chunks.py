@@ -1,5 +1,6 @@
 """Encoding a large catalogue: in chunks that survive an interruption, shared by processes, into a mapped matrix."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from common.files import aside
+from common.files import write_rows
+from data.sources import checked
+
+logger = logging.getLogger(__name__)
 
 
 def encode_chunks(
@@ -17,12 +21,8 @@ def encode_chunks(
 
     All processes call it, and share the disk; each encodes its share, the first one joins them. Chunks wait in a folder
     beside `path`, so that a run that is started again goes on with those that are missing. fresh: encode all again.
-
-    Raises ValueError where a chunk has another number of rows or of columns than it must have, or values that are not
-    finite.
+    ValueError where a chunk has another number of rows or columns than it must have, or a value that is not finite.
     """
-    if size < 1:
-        raise ValueError(f"chunk_items = {size} must be positive")
     state = PartialState()
     folder = path.with_name(f".{path.stem}-{size}.chunks")
     if state.is_main_process:
@@ -36,40 +36,19 @@ def encode_chunks(
     state.wait_for_everyone()  # all have looked before anyone writes, and share the same list
     for done, number in enumerate(missing[state.process_index :: state.num_processes], start=1):
         chunk = texts[starts[number] : starts[number] + size]
-        values = np.asarray(encode(chunk), dtype=np.float32)
-        if values.ndim != 2 or len(values) != len(chunk):
-            raise ValueError(f"the encoder returned {values.shape} for {len(chunk)} texts")
-        bad = ~np.isfinite(values).all(axis=1)
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"the vector of item {starts[number] + row} is not finite; its text is {chunk[row][:200]!r}"
-            )
-        with aside(files[number]) as part:
-            np.save(part, values)
+        values = checked(encode(chunk), "the encoder", chunk, starts[number])
+        write_rows(files[number], len(values), [values])
         if len(starts) > 1 and state.is_main_process:
             encoded = min(len(files) - len(missing) + done * state.num_processes, len(files))
-            print(f"Encoded {encoded:,} of {len(files):,} chunks", flush=True)
+            logger.info(f"Encoded {encoded:,} of {len(files):,} chunks")
     state.wait_for_everyone()
     if state.is_main_process:
         lost = [file for file in files if not file.exists()]
         if lost:
             raise FileNotFoundError(f"{lost[0]} was written on another machine: the processes must share a disk")
-        _join(files, len(texts), path)
+        parts = [np.load(file, mmap_mode="r") for file in files]
+        if len(widths := {part.shape[1] for part in parts}) > 1:
+            raise ValueError(f"the chunks in {folder} have {sorted(widths)} columns: delete that folder")
+        write_rows(path, len(texts), parts)
         shutil.rmtree(folder)
     state.wait_for_everyone()
-
-
-def _join(files: list[Path], n_rows: int, path: Path) -> None:
-    """The chunks below each other, without ever holding more than one of them in memory."""
-    parts = [np.load(file, mmap_mode="r") for file in files]
-    widths = {part.shape[1] for part in parts}
-    if len(widths) > 1:
-        raise ValueError(f"the chunks in {files[0].parent} have {sorted(widths)} columns: delete that folder")
-    with aside(path) as part:
-        whole = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(n_rows, *widths))
-        start = 0
-        for rows in parts:
-            whole[start : start + len(rows)] = rows
-            start += len(rows)
-        whole.flush()

@@ -87,9 +87,7 @@ def mutual_information(
     interactions: Interactions, train_lengths: Tensor, n_items: int, window: int
 ) -> "tuple[csr_matrix, np.ndarray]":
     """M [N, N] float32, the NEIGHBOURS largest entries of each row, and which items occur beside another, [N] bool.
-
-    Memory holds M and the counts of one block of rows, never all counts.
-    """
+    Memory holds M and the counts of one block of rows, never all counts."""
     from scipy.sparse import vstack
 
     training = in_training(interactions, train_lengths).numpy()
@@ -139,8 +137,8 @@ def cooccurrence_counts(
     """Symmetric weighted counts of items within `window` interactions of a user, by blocks of rows.
 
     items, users: [T], those of a user in time order and together. Yields the first row and a scipy.sparse [R, N]
-    float32 CSR matrix: entry (i, j) sums 1/w over the pairs of i and j at distance w. block: interactions that make
-    one, at least.
+    float32 CSR matrix: entry (i, j) sums 1/w over the pairs of i and j at distance w. block: least number of
+    interactions in a block.
     """
     from scipy.sparse import csr_matrix
 
@@ -150,7 +148,7 @@ def cooccurrence_counts(
     items, users = np.pad(items, window), np.pad(users, window, constant_values=-1)
     first = start = 0
     while first < n_items:
-        last = min(np.searchsorted(ends, start + block), n_items - 1)
+        last = min(int(np.searchsorted(ends, start + block)), n_items - 1)
         here = window + order[start : ends[last], None]  # [P, 1]
         near = here + distances  # [P, 2 * window]
         counted = np.where(users[near] == users[here], weights, np.float32(0))

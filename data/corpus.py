@@ -49,19 +49,13 @@ class Corpus:
         described: tuple[list[str], list[list[str]]] | Path,
         tags: Tags | None = None,
     ) -> None:
-        """described: texts and categories, or the file they are read from when they are asked for.
-
-        Raises ValueError where keys and interactions contradict each other; see `_validate`.
-        """
+        """described: texts and categories, or the file they are read from when they are asked for. Raises ValueError
+        where keys and interactions contradict each other; see `_validate`."""
         _validate(name, interactions, item_keys, user_keys)
-        self.name = name
-        self.interactions = interactions
-        self.item_keys = item_keys
-        self.user_keys = user_keys
-        self.hash = hash
-        self.text_hash = text_hash
-        self._given = described
-        self._tags, self._tagged = tags, None
+        self.name, self.interactions, self.hash, self.text_hash = name, interactions, hash, text_hash
+        self.item_keys, self.user_keys, self._given = item_keys, user_keys, described
+        self._tags = tags
+        self._tagged: list[str] | None = None
 
     @property
     def n_items(self) -> int:
@@ -86,7 +80,7 @@ class Corpus:
             raise ValueError(f"{self._given} can't be used ({error}): {REBUILD}") from error
 
     def texts(self) -> list[str]:
-        """[N] descriptions, one an item, in the order of the item ids; without tags before `apply_split`."""
+        """[N] descriptions, one per item, in the order of the item ids; without tags before `apply_split`."""
         return self._tagged or self._described[0]
 
     def categories(self) -> list[list[str]]:
@@ -124,23 +118,14 @@ class Corpus:
         tags: Tags | None = None,
     ) -> "Corpus":
         """A corpus from its parts; texts, which lack the tags, and categories are [N], in the order of `item_keys`.
-
-        Raises ValueError where lengths, ids, offsets or keys contradict each other.
-        """
+        Raises ValueError where lengths, ids, offsets or keys contradict each other."""
         for field, values in (("texts", texts), ("categories", categories)):
             if len(values) != len(item_keys):
                 raise ValueError(f"corpus {name!r}: {len(values)} {field} for {len(item_keys)} item keys")
         packed_texts = pack_strings(texts)
-        content = [
-            *pack_strings(item_keys),
-            *pack_strings(user_keys),
-            *packed_texts,
-            *pack_lists(categories),
-            interactions.items,
-            interactions.offsets,
-        ]
-        if interactions.timestamps is not None:
-            content.append(interactions.timestamps)
+        content = [*pack_strings(item_keys), *pack_strings(user_keys), *packed_texts, *pack_lists(categories)]
+        content += [interactions.items, interactions.offsets]
+        content += [interactions.timestamps] if interactions.timestamps is not None else []
         content += tags.tensors().values() if tags else []
         hashes = _hash(content), _hash([*packed_texts])
         return Corpus(name, interactions, item_keys, user_keys, *hashes, (texts, categories), tags)
@@ -150,17 +135,9 @@ class Corpus:
 
         raw_files: fingerprints of the files it was built from; options: how they were read. Both go into corpus.json.
         """
-        header = {
-            "format_version": FORMAT_VERSION,
-            "name": self.name,
-            "hash": self.hash,
-            "text_hash": self.text_hash,
-            "n_users": self.n_users,
-            "n_items": self.n_items,
-            "n_interactions": len(self.interactions),
-            "raw_files": list(raw_files),
-            "options": options or {},
-        }
+        header = {"format_version": FORMAT_VERSION, "name": self.name, "hash": self.hash, "text_hash": self.text_hash}
+        header |= zip(COUNTS, (self.n_users, self.n_items, len(self.interactions)), strict=True)
+        header |= {"raw_files": list(raw_files), "options": options or {}}
         with folder_aside(Path(folder)) as part:
             (part / "tensors.safetensors").write_bytes(save(self._tensors()))  # save_file: 0600
             packed = zip(DESCRIBED, (*pack_strings(self.texts()), *pack_lists(self.categories())), strict=True)
@@ -177,11 +154,9 @@ class Corpus:
 
     @staticmethod
     def load(folder: str | Path) -> "Corpus":
-        """Reads what `save` wrote; the texts and categories only once they are asked for.
-
-        Raises FileNotFoundError where there is no such folder, and ValueError that names the folder and the
-        fix where the cache is damaged or of another format version.
-        """
+        """Reads what `save` wrote; the texts and categories only once they are asked for. Raises FileNotFoundError
+        where there is no such folder, and ValueError that names the folder and the fix where the cache is damaged or of
+        another format version."""
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no cached corpus at {folder}")
@@ -198,10 +173,8 @@ class Corpus:
                 raise ValueError(f"{', '.join(COUNTS)} are {counts}, corpus.json says {recorded}")
             if not (folder / TEXTS).is_file():
                 raise ValueError(f"{TEXTS} is missing")
-            hashes = {"hash": header["hash"], "text_hash": header["text_hash"]}
-            return Corpus(
-                header["name"], interactions, **keys, **hashes, described=folder / TEXTS, tags=Tags.of(tensors)
-            )
+            given = header["name"], interactions, keys["item_keys"], keys["user_keys"], header["hash"]
+            return Corpus(*given, header["text_hash"], folder / TEXTS, Tags.of(tensors))
         except Exception as error:  # whatever a damaged file makes a reader raise
             raise ValueError(f"the cached corpus in {folder} can't be used ({error}): {REBUILD}") from error
 

@@ -1,6 +1,7 @@
 """Your own catalogue and interactions: tables in, `Corpus` out."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 UNKNOWN = "Unknown item."
+logger = logging.getLogger(__name__)
 
 
 @configurable
@@ -24,10 +26,10 @@ class CustomData:
     """Where your data lie and what their columns are called. Bind it in gin; paths start at the working directory.
 
     name: of the corpus, its cache folder and "{corpus}" in train.save_dir_root.
-    interactions: a .csv, .tsv, .parquet, .jsonl, .ndjson or .inter file, one interaction a row; or a .json file, {user:
-    [item, ...]} in time order. Without it only a corpus that is cached under this name is used.
-    items: a file with one item a row, .item instead of .inter, or {item: {column: value, ...}}: the catalogue, whether
-    or not an item has interactions; without it the catalogue is what the interactions name.
+    interactions: a .csv, .tsv, .parquet, .jsonl, .ndjson or .inter file, one interaction per row; or a .json file,
+    {user: [item, ...]} in time order. Without it only a corpus that is cached under this name is used.
+    items: a file with one item per row, .item instead of .inter, or {item: {column: value, ...}}: the catalogue,
+    whether or not an item has interactions; without it the catalogue is what the interactions name.
     user_column, item_column: ids, taken as strings. time_column: whole or decimal numbers, or ISO dates; "" where the
     rows of each user are in time order, as in .json files. item_key_column: the ids in `items`, by default named as in
     the interactions.
@@ -36,7 +38,7 @@ class CustomData:
     k_core: interactions of users or items with fewer are left out, again and again until none is left; 0 keeps all.
     drop_unknown: interactions with items that `items` lacks are left out, not an error.
     drop_duplicates: of rows with equal user, item and time only the first counts.
-    What is left out is counted in a printed line. Stage 2 takes what stage 1 has cached under the name with all its
+    What is left out is counted in a line of the log. Stage 2 takes what stage 1 has cached under the name with all its
     parameters; those that are bound besides must be equal.
     """
 
@@ -54,8 +56,9 @@ class CustomData:
     drop_duplicates: bool = True
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
-            raise ValueError(f"CustomData.name = {self.name!r} must be usable as the name of a folder")
+        usable = self.name.isprintable() and Path(self.name).name == self.name and not self.name.startswith(".")
+        if not usable or not 0 < len(self.name.encode()) <= 100:
+            raise ValueError(f"CustomData.name = {self.name[:200]!r} must do as a folder's name, of 1 to 100 bytes")
 
     @staticmethod
     def as_cached(folder: Path) -> "CustomData":
@@ -85,7 +88,7 @@ class CustomData:
     @property
     def timed(self) -> bool:
         """Whether the interactions have times, or only an order."""
-        return bool(self.time_column) and not self.interactions.endswith(".json")
+        return bool(self.time_column) and not (self.interactions or "").endswith(".json")
 
     def read(self) -> Corpus:
         """Users come in the order of their first interaction, items in the order of `items`, or of their first
@@ -105,18 +108,15 @@ class CustomData:
         ids = (self.user_column, self.item_column)
         table = read_table(path, [*ids, self.time_column] if self.timed else ids, text=ids)
         stamps = times(path, table, self.time_column) if self.timed else None
-        events = pl.DataFrame(
-            {"user": keys(path, table, self.user_column), "item": keys(path, table, self.item_column)}
-        ).with_columns(timestamp=pl.lit(None, pl.Int128) if stamps is None else stamps)
+        events = pl.DataFrame({name: keys(path, table, own) for name, own in zip(("user", "item"), ids, strict=True)})
+        events = events.with_columns(timestamp=pl.lit(None, pl.Int128) if stamps is None else stamps)
         catalogue = self.catalogue()
         events = self._chosen(path, events, catalogue)
         if events.is_empty():
             raise ValueError(f"{path}: no interaction is left of {len(table):,}")
         if catalogue is None:
-            distinct = events["item"].unique(maintain_order=True)
-            catalogue = pl.DataFrame({"key": distinct}).with_columns(
-                text=pl.lit(UNKNOWN), categories=pl.lit([], pl.List(pl.String))
-            )
+            nothing = {"text": pl.lit(UNKNOWN), "categories": pl.lit([], pl.List(pl.String))}
+            catalogue = events.select(key=pl.col("item").unique(maintain_order=True)).with_columns(**nothing)
         return self._corpus(events, catalogue)
 
     def _chosen(self, path: Path, events: "pl.DataFrame", catalogue: "pl.DataFrame | None") -> "pl.DataFrame":
@@ -127,11 +127,8 @@ class CustomData:
             if not known.all() and not self.drop_unknown:
                 row = int((~known).arg_true()[0])
                 problem = f"item {events['item'][row]!r} is not in {self.items}"
-                fail(
-                    path,
-                    row,
-                    f"{problem}; CustomData.drop_unknown = True leaves such rows out, {(~known).sum():,} here",
-                )
+                advice = f"CustomData.drop_unknown = True leaves such rows out, {(~known).sum():,} here"
+                fail(path, row, f"{problem}; {advice}")
             events = events.filter(known)
             left_out["with items that are not in the catalogue"] = total - len(events)
         if self.drop_duplicates and self.timed:
@@ -144,7 +141,7 @@ class CustomData:
             left_out[f"outside the {self.k_core}-core"] = before - len(events)
         for why, count in left_out.items():
             if count:
-                print(f"{path}: left out {count:,} of {total:,} rows {why}", flush=True)
+                logger.info(f"{path}: left out {count:,} of {total:,} rows {why}")
         return events
 
     def catalogue(self) -> "pl.DataFrame | None":
@@ -186,14 +183,8 @@ class CustomData:
         whole = (pl.col("timestamp") // BILLION).cast(pl.Int64)  # what is below it has its say in the order
         events = events.sort("timestamp", maintain_order=True).select("user", timestamp=whole, item="number")
         _, interactions = sequences(events)
-        return Corpus.build(
-            self.name,
-            interactions,
-            item_keys=catalogue["key"].to_list(),
-            user_keys=user_keys,
-            texts=catalogue["text"].to_list(),
-            categories=catalogue["categories"].to_list(),
-        )
+        item_keys, texts, categories = (catalogue[column].to_list() for column in ("key", "text", "categories"))
+        return Corpus.build(self.name, interactions, item_keys, user_keys, texts, categories)
 
 
 def _text(table: "pl.DataFrame", columns: tuple[str, ...], comma: str) -> "pl.Expr":

@@ -1,6 +1,7 @@
 """Raw files from the net: checked, written aside and renamed; archives unpacked without trusting them."""
 
 import gzip
+import logging
 import os
 import shutil
 import stat
@@ -19,6 +20,7 @@ HEADERS = {"Accept-Encoding": "identity", "User-Agent": "generative-retrieval"}
 TIMEOUT = (10, 60)  # seconds to connect, and between two packets
 MAX_EXPANSION = 100  # times the archive's size, or SMALL bytes
 SMALL = 1 << 20
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,39 +51,34 @@ def ensure_raw_files(sources: Sequence[Sequence[RemoteFile]], folder: Path, arch
     not to be trusted; OSError where the disk is full.
     """
     problems = []
-    complete = [source for source in sources if not _missing(source, folder)]
-    if complete:
-        return _files(complete[0])
-    started = sorted(sources, key=lambda source: _missing(source, folder) == _files(source))  # partly there: first
+    started = sorted(sources, key=lambda source: len(_missing(source, folder)) / len(_files(source)))  # whole: first
     for source in started:
         try:
             for remote in source:
-                _complete(remote, folder, archives)
+                if missing := _missing((remote,), folder):
+                    _complete(remote, missing, folder, archives)
             return _files(source)
         except ConnectionError as error:
             problems.append(str(error))
-    missing = ", ".join(str(folder / name) for name in _missing(started[0], folder))
+    absent = ", ".join(str(folder / name) for name in _missing(started[0], folder))
     choices = "\nor ".join(_instruction(source, folder, archives) for source in sources)
     reasons = "\n".join(problems)
-    raise FileNotFoundError(f"there is no {missing}.\nPut {choices}.\nDownloading failed:\n{reasons}")
+    raise FileNotFoundError(f"there is no {absent}.\nPut {choices}.\nDownloading failed:\n{reasons}")
 
 
-def _complete(remote: RemoteFile, folder: Path, archives: Path) -> None:
+def _complete(remote: RemoteFile, missing: Sequence[str], folder: Path, archives: Path) -> None:
     """Fetches what is missing of one remote; ConnectionError where what came by download is of no use."""
-    missing = _missing((remote,), folder)
-    if not missing:
-        return
     if not remote.members:
         fetch(remote, folder)
         return
-    archive, members = archives / remote.name, {name: remote.members[name] for name in missing}
-    if archive.is_file():
-        unpack(archive, members, folder)
-        return
-    fetch(remote, archives)
+    archive = archives / remote.name
+    if fetched := not archive.is_file():
+        fetch(remote, archives)
     try:
-        unpack(archive, members, folder)
+        unpack(archive, {name: remote.members[name] for name in missing}, folder)
     except ValueError as error:
+        if not fetched:
+            raise
         archive.unlink()
         raise ConnectionError(f"  {error}") from error
 
@@ -117,10 +114,8 @@ class Refused(Exception):
 
 
 def fetch(remote: RemoteFile, folder: Path) -> Path:
-    """Downloads one file into `folder` and returns its path.
-
-    Raises ConnectionError with one line for each URL, and OSError where the file can't be written.
-    """
+    """Downloads one file into `folder` and returns its path. Raises ConnectionError with one line for each URL, and
+    OSError where the file can't be written."""
     import pooch
     from pooch.hashes import hash_matches
     from requests import RequestException
@@ -138,16 +133,17 @@ def fetch(remote: RemoteFile, folder: Path) -> Path:
         except (RequestException, ValueError) as error:
             if not _may_pass(error):
                 raise Refused(_reason(error)) from error
-            print(f"{url}: {_reason(error)}", flush=True)
+            logger.info(f"{url}: {_reason(error)}")
             raise
 
     for url in settings.mirrors.get(remote.name, remote.urls):
-        print(f"Downloading {remote.name} from {url} to {folder}", flush=True)
+        logger.info(f"Downloading {remote.name} from {url} to {folder}")
         file, attempts = {remote.name: url}, settings.attempts
         store = pooch.create(folder, "", registry={remote.name: None}, urls=file, retry_if_failed=attempts - 1)
         try:
             path = Path(store.fetch(remote.name, downloader=attempt))
-            path.chmod(0o666 & ~_umask())  # pooch's temporary files are private
+            os.umask(mask := os.umask(0))
+            path.chmod(0o666 & ~mask)  # pooch's temporary files are private
             return path
         except (RequestException, Refused) as error:
             problems.append(f"  {url}: {_reason(error)}")
@@ -191,12 +187,6 @@ def _check_whole(path: Path, name: str) -> None:
                 pass
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{problem} ({error})") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def unpack(archive: Path, members: Mapping[str, str], folder: Path) -> None:

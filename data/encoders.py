@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from common.files import file_sha256
 from common.packed_strings import pack_strings, unpack_strings
 from common.parameters import Name, PathName, PositiveInt, configurable
 from data.corpus import Corpus
@@ -55,7 +56,8 @@ class TfidfSvd:
         try:
             terms = vectorizer.fit_transform(texts)
         except ValueError as error:
-            raise ValueError(f"{self.identity} finds no terms in {len(texts)} texts: {error}") from error
+            rule = f"is so high that no word is in that many of the {len(texts)} texts"
+            raise ValueError(f"TfidfSvd.min_df = {self.min_df} {rule}") from error
         if self.dim >= min(terms.shape):
             raise ValueError(
                 f"TfidfSvd.dim = {self.dim} does not fit {terms.shape[0]} texts with {terms.shape[1]} terms: "
@@ -112,12 +114,15 @@ class SentenceEncoder:
         settings = asdict(self) | {"device": None}
         if (folder := Path(self.model).expanduser()).is_dir():
             return settings | {"model": str(folder.resolve())}
-        repository = self.model if "/" in self.model else f"sentence-transformers/{self.model}"
         try:
-            file = try_to_load_from_cache(repository, "modules.json", revision=self.revision)
+            file = try_to_load_from_cache(self._repository, "modules.json", revision=self.revision)
         except ValueError:  # a folder that is no longer there
             file = None
         return settings | {"revision": Path(file).parent.name if isinstance(file, str) else self.revision}
+
+    @property
+    def _repository(self) -> str:
+        return self.model if "/" in self.model else f"sentence-transformers/{self.model}"
 
     def at(self, model: str) -> "SentenceEncoder":
         """The same encoder, its model read from another place: a folder, or a Hub id."""
@@ -148,23 +153,25 @@ class SentenceEncoder:
         files = [path for path in sorted(folder.rglob("*")) if path.suffix in MODEL_FILES and path.is_file()]
         digest = hashlib.sha256()
         for path in files:
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
         return f"sentence-encoder-{digest.hexdigest()[:16]}"
 
     @cached_property
     def _loaded(self):
+        from huggingface_hub import snapshot_download
         from sentence_transformers import SentenceTransformer
 
         folder = Path(self.model).expanduser()
         device = self.device or str(PartialState().device)
         try:
             place = (str(folder), None) if folder.is_dir() else (self.model, self.revision)
+            if not folder.is_dir():  # without a network this fails at once
+                snapshot_download(self._repository, revision=self.revision, allow_patterns=["modules.json"])
             model = SentenceTransformer(place[0], revision=place[1], device=device)
         except Exception as error:  # the Hub client, the network and the model formats raise dozens of types
+            short = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"SentenceEncoder.model = {self.model!r} can't be loaded ({type(error).__name__}: {error}). "
+                f"SentenceEncoder.model = {self.model!r} can't be loaded ({type(error).__name__}: {short}). "
                 "Give the path of a downloaded model instead, or take TfidfSvd, which needs none."
             ) from error
         return model.to(getattr(torch, self.precision))

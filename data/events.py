@@ -12,11 +12,9 @@ if TYPE_CHECKING:
 
 
 def sequences(events: "pl.DataFrame") -> tuple[list, Interactions]:
-    """The users by rising `user`, and their interactions in time order; ties keep the order of the rows.
-
-    events: columns user (anything that sorts), item (row of the catalogue), timestamp (integer, or nulls only where
-    the rows are in time order already).
-    """
+    """The users by rising `user`, and their interactions in time order; ties keep the order of the rows. events:
+    columns user (anything that sorts), item (row of the catalogue), timestamp (integer, or nulls only where the rows
+    are in time order already)."""
     import polars as pl
 
     timed = events["timestamp"].null_count() == 0

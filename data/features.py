@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, cast
 
 import numpy as np
 from accelerate import PartialState
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from common.files import aside, in_turn, lock, write_file
+from common.files import in_turn, lock, write_file, write_rows
 from data.chunks import encode_chunks
 from data.corpus import Corpus
 from data.items import Items
@@ -31,7 +31,6 @@ class FeatureSource(Protocol):
     settings: the arguments that make it again.
     from_interactions: whether it reads what users did. Such features shape the semantic IDs, but the retriever does not
     get them: it trains on the very interactions that they are made of, and recommends worse with them.
-    A source with `chunk_items` fits nothing: its `encode` takes texts, so many at a time, shared by all processes.
     """
 
     @property
@@ -54,6 +53,14 @@ class FeatureSource(Protocol):
     def transform(self, state: dict[str, Tensor], items: Items) -> np.ndarray:
         """What `fit` returned, and M items, of the corpus or not -> [M, D] float32."""
         ...
+
+
+class TextEncoder(FeatureSource, Protocol):
+    """A source that fits nothing: `encode` takes texts, `chunk_items` at a time, shared by all processes."""
+
+    chunk_items: int
+
+    def encode(self, texts: list[str]) -> np.ndarray: ...
 
 
 def _made(source: FeatureSource) -> FeatureSource:
@@ -86,10 +93,10 @@ def item_features(
     with its state beside it. Where there are several processes, all of them call it: some sources are computed by all,
     the others by the first.
 
-    Of several sources, each is divided by the deviation of its rows (one number a source), so that all have
+    Of several sources, each is divided by the deviation of its rows (one number per source), so that all have
     the same say; a constant source stays as it is. train_lengths: [U] int64, what a source may read of the
     interactions, the training data of `split`.
-    force: compute again. categories: append one 0/1 column a category, sorted by name. The array may be
+    force: compute again. categories: append one 0/1 column per category, sorted by name. The array may be
     written to, the files do not change.
 
     Raises ValueError where a value is not finite, a source returns another number of rows, a cached file
@@ -120,19 +127,15 @@ def item_features(
 def _write(files: list[Path], source: FeatureSource, corpus: Corpus, train_lengths: Tensor, force: bool) -> None:
     """Computes a source, [N, D], into a file, and its state into another one; every process takes part."""
     if len(files) == 1:
-        encode_chunks(source.encode, corpus.texts(), source.chunk_items, files[0], force)
+        encoder = cast(TextEncoder, source)
+        encode_chunks(encoder.encode, corpus.texts(), encoder.chunk_items, files[0], force)
     else:
         with in_turn():
             if PartialState().is_local_main_process and (force or not all(path.exists() for path in files)):
-                _fit(files, source, corpus, train_lengths)
-
-
-def _fit(files: list[Path], source: FeatureSource, corpus: Corpus, train_lengths: Tensor) -> None:
-    state = source.fit(corpus, train_lengths)
-    values = checked(source.transform(state, Items.of(corpus)), source.identity, corpus.item_keys)
-    with aside(files[0]) as part:
-        np.save(part, values)
-    write_file(files[1], save(state))
+                state = source.fit(corpus, train_lengths)
+                values = checked(source.transform(state, Items.of(corpus)), source.identity, corpus.item_keys)
+                write_rows(files[0], len(values), [values])
+                write_file(files[1], save(state))
 
 
 def _cached(files: list[Path], n_items: int, write: Callable[[], None], force: bool) -> np.ndarray:

@@ -1,13 +1,13 @@
 """Histories of item keys from files, chunk by chunk."""
 
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data.tables import LINES, fail, keys, read_table, reading, scan_table, times, whole_rows
+from data.lines import parsed
+from data.tables import LINES, check_columns, fail, keys, read_table, reading, scan_table, times, whole_rows
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,8 +21,7 @@ Histories = tuple[list[str], "list[list] | pl.Series"]
 
 def as_key(value: object) -> str:
     """A key that a file has as a number."""
-    whole = isinstance(value, (float, np.floating)) and value.is_integer()
-    return str(int(value)) if whole else str(value)
+    return str(int(value)) if isinstance(value, (float, np.floating)) and value.is_integer() else str(value)
 
 
 def read_histories(
@@ -41,26 +40,21 @@ def read_histories(
     Raises FileNotFoundError where there is no file; ValueError that names the file, and the row where it is known,
     where it is of another kind, empty, lacks a column or can't be read.
     """
-    lines = path.suffix in LINES and path.is_file()
-    if lines and (first := next(_records(path), None)) is None:
+    first = next(_records(path), None) if path.suffix in LINES and path.is_file() else {}
+    if first is None:
         raise ValueError(f"{path} holds no history")
-    lists = lines and "items" in first
-    yield from (_from_lines(path, only, size) if lists else _from_table(path, columns, only, size))
+    yield from (_from_lines(path, only, size) if "items" in first else _from_table(path, columns, only, size))
 
 
 def _records(path: Path) -> Iterator[dict]:
     """The rows of JSON lines."""
-    row = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line in file:
-                if line.strip():
-                    if not isinstance(record := json.loads(line), dict):
-                        fail(path, row, 'must be an object, such as {"user": "a", "items": ["x", "y"]}')
-                    yield record
-                    row += 1
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        fail(path, row, str(error))
+    with open(path, "rb") as file:
+        for row, line in enumerate(filter(bytes.strip, file)):
+            try:
+                record = parsed(line)
+            except ValueError as error:
+                fail(path, row, str(error))
+            yield record
 
 
 def _from_lines(path: Path, only: Collection[str] | None, size: int) -> Iterator[Histories]:
@@ -96,19 +90,16 @@ def _from_table(
         table = scan_table(path, (user, item), text=(user, item))
         names = table.collect_schema().names()
         if "items" in names:
-            options = {"maintain_order": True, "optimizations": whole_rows(path)}
-            batches = _lists(path, table).collect_batches(chunk_size=size, **options)
+            whole = whole_rows(path)
+            batches = _lists(path, table).collect_batches(chunk_size=size, maintain_order=True, optimizations=whole)
         elif item in names:
             batches = _grouped(path, user, item, time if time in names else None).iter_slices(size)
         else:
-            raise ValueError(
-                f"{path} has no column 'items', a list of item keys for each user, nor {item!r}, one item a row; its "
-                f"columns are {', '.join(names)}"
-            )
+            check_columns(path, names, ["items"], f", a list of item keys for each user, nor {item!r}, one item a row")
         row = 0
         for batch in batches:
             if (empty := batch["user"].is_null()).any():
-                fail(path, row + int(empty.arg_max()), "there is no 'user'")
+                fail(path, row + int(empty.arg_true()[0]), "there is no 'user'")
             row += len(batch)
             if only is not None:
                 batch = batch.filter(pl.col("user").is_in(list(only)))
@@ -129,12 +120,13 @@ def _cut(batch: "pl.DataFrame", size: int) -> Iterator["pl.DataFrame"]:
 
 
 def _lists(path: Path, table: "pl.LazyFrame") -> "pl.LazyFrame":
-    """Histories from one a row."""
+    """Histories from a table with one per row."""
     import polars as pl
 
     schema = table.collect_schema()
-    if "user" not in schema:
-        raise ValueError(f"{path} has no column 'user'; its columns are {', '.join(schema)}")
+    check_columns(path, schema.names(), ("user", "items"))
+    if schema["user"].is_nested():
+        raise ValueError(f"{path}: 'user' must hold keys, not {schema['user']}")
     kind, items = schema["items"], pl.col("items")
     if kind == pl.String:
         items = items.str.extract_all(KEY)
@@ -145,7 +137,7 @@ def _lists(path: Path, table: "pl.LazyFrame") -> "pl.LazyFrame":
     return table.select(user=_text(pl.col("user"), schema["user"]), items=items)
 
 
-def _text(values: "pl.Expr", kind: "pl.DataType") -> "pl.Expr":
+def _text(values: "pl.Expr", kind: "pl.DataType | pl.datatypes.DataTypeClass") -> "pl.Expr":
     """Keys as `as_key` has them."""
     import polars as pl
 
@@ -158,7 +150,7 @@ def _grouped(path: Path, user: str, item: str, time: str | None) -> "pl.DataFram
     """Histories from one interaction a row; users come in the order of their first row."""
     import polars as pl
 
-    table = read_table(path, [user, item] + [time] * (time is not None), text=(user, item))
+    table = read_table(path, [name for name in (user, item, time) if name is not None], text=(user, item))
     frame, items = pl.DataFrame({"user": keys(path, table, user), "item": keys(path, table, item)}), pl.col("item")
     if time is not None:
         frame, items = frame.with_columns(time=times(path, table, time)), items.sort_by("time", maintain_order=True)
@@ -168,7 +160,7 @@ def _grouped(path: Path, user: str, item: str, time: str | None) -> "pl.DataFram
 def read_keys(path: Path) -> list[str]:
     """The lines of a text file, without empty ones. FileNotFoundError and ValueError name the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(f"{path} is {'no file' if path.exists() else 'missing'}")
     try:
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:

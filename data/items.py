@@ -32,7 +32,7 @@ class Items:
 
     @staticmethod
     def read(items: "pl.DataFrame | Sequence[Mapping]") -> "Items":
-        """From a frame or from one mapping an item: key and text (str), and where there are any, categories (list of
+        """From a frame or from one mapping per item: key and text (str), and where there are any, categories (list of
         str) and vector (list of numbers, for the source `Vectors`). Raises ValueError that names item and field."""
         rows = items if isinstance(items, Sequence) else items.to_dicts()
         for number, row in enumerate(rows):
@@ -51,7 +51,7 @@ class Items:
         for number, vector in enumerate(vectors):
             if vector is not None and len(vector) != size:
                 raise ValueError(f"item {keys[number]!r}: 'vector' has {len(vector)} numbers, others have {size}")
-            if vector is not None:
+            if vector is not None and given is not None:
                 given[number] = vector
         return Items(keys, texts, [list(row.get("categories") or []) for row in rows], given)
 

@@ -7,49 +7,31 @@
 Harper and Konstan 2015, https://doi.org/10.1145/2827872.
 """
 
-from collections.abc import Container
 from pathlib import Path
 
 from data.corpus import Corpus
-from data.download import RemoteFile
-from data.ml32m import build, row_problem
+from data.ml32m import COLUMNS, bad_row, build, grouplens
 
 FILES = ("movies.dat", "ratings.dat")
-ARCHIVE = RemoteFile(
-    "ml-1m.zip",
-    (
-        "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
-        "http://files.grouplens.org/datasets/movielens/ml-1m.zip",
-    ),
-    "md5:c4d9eecfca2ab87c1945afe126590906",
-    {name: f"ml-1m/{name}" for name in FILES},
-)
+ARCHIVE = grouplens("ml-1m", "md5:c4d9eecfca2ab87c1945afe126590906", FILES)
 SEPARATOR = "\x1f"
-COLUMNS = dict.fromkeys(("userId", "movieId", "rating", "timestamp"), int)
 
 
 def read_ml1m(folder: Path, name: str) -> Corpus:
-    """Reads movies.dat and ratings.dat from `folder`.
-
-    Items are all 3,883 movies, rated or not, in file order; users are those who rated, by ascending id. A user's
-    interactions are all their ratings, whatever the stars, by timestamp; ties keep the order of the file.
-
-    Raises ValueError that names file and line where a row has another number of fields, no number where one must be,
-    an unknown or repeated movie, or no title.
-    """
+    """Reads movies.dat and ratings.dat from `folder`; items, users and errors as of `data.ml32m.read_movielens`."""
     import polars as pl
 
     movies = _read_movies(folder / "movies.dat")
     path = folder / "ratings.dat"
-    columns = dict.fromkeys(COLUMNS, pl.Int64)
+    columns = dict.fromkeys(COLUMNS[path.name], pl.Int64)
     content = path.read_bytes().replace(b"::", SEPARATOR.encode())
     try:
         ratings = pl.read_csv(content, has_header=False, separator=SEPARATOR, quote_char=None, schema=columns)
     except pl.exceptions.PolarsError as error:
-        raise _bad_rating(path, movies["movieId"]) or ValueError(f"{path} can't be read: {error}") from error
+        raise bad_row(path, set(movies["movieId"])) or ValueError(f"{path} can't be read: {error}") from error
     ratings = ratings.join(movies.select("movieId", "item"), on="movieId", how="left", maintain_order="left")
     if sum(ratings.null_count().row(0)):
-        raise _bad_rating(path, movies["movieId"]) or ValueError(f"{path} can't be read")
+        raise bad_row(path, set(movies["movieId"])) or ValueError(f"{path} can't be read")
     return build(name, movies, ratings)
 
 
@@ -71,13 +53,3 @@ def _read_movies(path: Path):
     if not rows:
         raise ValueError(f"{path}: there must be a movie")
     return pl.DataFrame(rows, ["movieId", "title", "genres"], orient="row").with_row_index("item")
-
-
-def _bad_rating(path: Path, known_movies: Container[int]) -> ValueError | None:
-    """The error that describes the first malformed row, or None. Slow: for suspect files."""
-    known = set(known_movies)
-    with open(path, encoding="latin-1") as lines:
-        for number, line in enumerate(lines, start=1):
-            if problem := row_problem(line.rstrip("\r\n").split("::"), COLUMNS, known):
-                return ValueError(f"{path}, line {number}: {problem}")
-    return None

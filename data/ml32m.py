@@ -10,6 +10,7 @@ Harper and Konstan 2015, https://doi.org/10.1145/2827872.
 
 import csv
 import math
+import re
 from collections.abc import Container
 from io import StringIO
 from itertools import islice
@@ -30,17 +31,18 @@ COLUMNS: dict[str, dict[str, type]] = {
     "movies.csv": {"movieId": int, "title": str, "genres": str},
     "ratings.csv": {"userId": int, "movieId": int, "rating": float, "timestamp": int},
     "tags.csv": {"userId": int, "movieId": int, "tag": str, "timestamp": int},
+    "ratings.dat": dict.fromkeys(("userId", "movieId", "rating", "timestamp"), int),  # of 1M
 }
-ARCHIVE = RemoteFile(
-    "ml-32m.zip",
-    (
-        "https://files.grouplens.org/datasets/movielens/ml-32m.zip",
-        "http://files.grouplens.org/datasets/movielens/ml-32m.zip",
-    ),
-    "md5:d472be332d4daa821edc399621853b57",
-    {name: f"ml-32m/{name}" for name in FILES},
-)
 NO_GENRES = "(no genres listed)"
+
+
+def grouplens(name: str, checksum: str, files: tuple[str, ...]) -> RemoteFile:
+    """The archive of a data set, with these files in its folder."""
+    urls = tuple(f"{kind}://files.grouplens.org/datasets/movielens/{name}.zip" for kind in ("https", "http"))
+    return RemoteFile(f"{name}.zip", urls, checksum, {file: f"{name}/{file}" for file in files})
+
+
+ARCHIVE = grouplens("ml-32m", "md5:d472be332d4daa821edc399621853b57", FILES)
 
 
 def read_movielens(folder: Path, name: str) -> Corpus:
@@ -71,16 +73,10 @@ def build(name: str, movies: "pl.DataFrame", ratings: "pl.DataFrame", tags: "pl.
     import polars as pl
 
     users, interactions = sequences(ratings.select("item", "timestamp", user="userId"))
-    movies = _describe(movies)
-    return Corpus.build(
-        name,
-        interactions,
-        item_keys=movies["movieId"].cast(pl.String).to_list(),
-        user_keys=[str(user) for user in users],
-        texts=movies["text"].to_list(),
-        categories=movies["categories"].to_list(),
-        tags=None if tags is None else _tags(tags, users),
-    )
+    movies = _describe(movies).with_columns(pl.col("movieId").cast(pl.String))
+    item_keys, texts, categories = (movies[column].to_list() for column in ("movieId", "text", "categories"))
+    known = None if tags is None else _tags(tags, users)
+    return Corpus.build(name, interactions, item_keys, [str(user) for user in users], texts, categories, known)
 
 
 def _clean(column: str) -> "pl.Expr":
@@ -110,8 +106,8 @@ def _tags(tags: "pl.DataFrame", users: list[int]) -> Tags:
     rows = pl.DataFrame({"userId": users}, {"userId": pl.Int64}).with_row_index("user")
     names, name = factorize(tags["tag"])
     tags = tags.with_columns(name=name).join(rows, on="userId", how="left", maintain_order="left")
-    columns = tags.select(pl.col("user").cast(pl.Int64).fill_null(-1), "item", "name", "timestamp").cast(pl.Int64)
-    return Tags(*columns.to_torch("dict").values(), names)
+    columns = tags.select(pl.col("user").cast(pl.Int64).fill_null(-1), "item", "name", time="timestamp").cast(pl.Int64)
+    return Tags(**columns.to_torch("dict"), names=names)
 
 
 def _with_item(rows: "pl.DataFrame", movies: "pl.DataFrame", path: Path) -> "pl.DataFrame":
@@ -119,7 +115,7 @@ def _with_item(rows: "pl.DataFrame", movies: "pl.DataFrame", path: Path) -> "pl.
     rows = rows.join(movies.select("movieId", "item"), on="movieId", how="left", maintain_order="left")
     if rows["item"].null_count():
         known = set(movies["movieId"].to_list())
-        raise _bad_row(path, known) or ValueError(f"{path}: a movieId is not among the movies")
+        raise bad_row(path, known) or ValueError(f"{path}: a movieId is not among the movies")
     return rows
 
 
@@ -137,22 +133,26 @@ def _read(folder: Path, file: str) -> "pl.DataFrame":
     try:
         frame = pl.read_csv(path, schema={column: types[kind] for column, kind in COLUMNS[file].items()})
     except pl.exceptions.PolarsError as error:
-        raise _bad_row(path) or ValueError(f"{path} can't be read as CSV: {error}") from error
+        raise bad_row(path) or ValueError(f"{path} can't be read as CSV: {error}") from error
     # A null is an empty field or one that is not there: the slow reader tells them apart.
     suspect = sum(frame.null_count().row(0)) > 0
     if file == "ratings.csv":
         suspect |= not frame["rating"].is_finite().all()
-    if suspect and (problem := _bad_row(path)):
+    if suspect and (problem := bad_row(path)):
         raise problem
     return frame.with_columns(pl.col(pl.String).fill_null(""))
 
 
-def _bad_row(path: Path, known_movies: Container[int] | None = None) -> ValueError | None:
-    """The error that describes the first malformed row, or None. Slow: for suspect files."""
-    for line, row in islice(rows(path), 1, None):
+def bad_row(path: Path, known_movies: Container[int] | None = None) -> ValueError | None:
+    """The error that describes the first malformed row, or None. Slow: for suspect files. Those of MovieLens 1M have no
+    header, "::" between fields, and bytes that are all text."""
+    is_csv = path.suffix == ".csv"
+    for line, row in islice(rows(path), is_csv, None):
         try:
-            fields = next(csv.reader(StringIO(row.decode(), newline=""), strict=True), [])
-            problem = row_problem(fields, COLUMNS[path.name], known_movies)
+            fields = row.decode("latin-1").rstrip("\r\n").split("::")
+            if is_csv:
+                fields = next(csv.reader(StringIO(row.decode(), newline=""), strict=True), [])
+            problem = _problem(fields, COLUMNS[path.name], known_movies)
         except (UnicodeDecodeError, csv.Error) as error:
             problem = f"the bytes are not UTF-8 ({error.reason})" if hasattr(error, "reason") else str(error)
         if problem:
@@ -160,7 +160,7 @@ def _bad_row(path: Path, known_movies: Container[int] | None = None) -> ValueErr
     return None
 
 
-def row_problem(row: list[str], columns: dict[str, type], known_movies: Container[int] | None) -> str | None:
+def _problem(row: list[str], columns: dict[str, type], known_movies: Container[int] | None) -> str | None:
     """What is wrong with a row, if anything."""
     if len(row) != len(columns):
         return f"{len(row)} fields where there must be {len(columns)}"
@@ -169,6 +169,10 @@ def row_problem(row: list[str], columns: dict[str, type], known_movies: Containe
             value = kind(field)
         except ValueError:
             return f"{column} must be a number, not {field!r}"
+        if kind is not str and re.search(r"[^ -^`-~]| $", field):  # which Python takes, such as 1_000
+            return f"{column} must be a number in plain digits, not {field!r}"
+        if kind is int and abs(value) >= 2**63:
+            return f"{column} must be within 64 bits, not {field!r}"
         if kind is float and not math.isfinite(value):
             return f"{column} must be finite, not {field!r}"
         if column == "movieId" and known_movies is not None and value not in known_movies:

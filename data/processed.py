@@ -1,6 +1,6 @@
 """The data sets by name: raw files in, `Corpus` out, cached on disk."""
 
-import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import gin
 
-from common.files import lock
+from common.files import file_sha256, lock
 from common.parameters import NamedEnum
 from data import amazon, ml1m, ml32m
 from data.corpus import Corpus, read_header
 from data.custom import CustomData
 from data.download import RemoteFile, ensure_raw_files
+
+logger = logging.getLogger(__name__)
 
 
 @gin.constants_from_enum
@@ -80,7 +82,7 @@ def load_corpus(
         corpus = source.read(files)
         corpus.save(cache, raw_files, source.options)
         if changed:
-            print(f"{cache}: built anew, because {', '.join(changed)} changed", flush=True)
+            logger.info(f"{cache}: built anew, because {', '.join(changed)} changed")
     return corpus
 
 
@@ -88,7 +90,7 @@ def _source(dataset: RecDataset, dataset_folder: Path, split: str, as_cached: bo
     allowed = tuple(amazon.CATEGORIES) if dataset is RecDataset.AMAZON else ("",)
     if split not in allowed:
         choices = " or ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"dataset_split of {dataset} must be {choices}, not {split!r}")
+        raise ValueError(f"train.dataset_split = {split!r} must be {choices} for {dataset}")
     raw = dataset_folder / "raw"
     if dataset is RecDataset.AMAZON:
         name = f"amazon_{split}"
@@ -128,11 +130,8 @@ def _changed(source: _RawData, cache: Path) -> list[str] | None:
 
 def _fingerprint(folder: Path, name: str) -> dict:
     """What tells whether a raw file has changed; the time spares reading it again."""
-    path = folder / name
-    stat = path.stat()
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+    stat = (folder / name).stat()
+    return {"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": file_sha256(folder / name)}
 
 
 def _has_changed(folder: Path, recorded: dict) -> bool:
@@ -143,4 +142,4 @@ def _has_changed(folder: Path, recorded: dict) -> bool:
     stat = path.stat()
     if (stat.st_size, stat.st_mtime_ns) == (recorded["size"], recorded["mtime_ns"]):
         return False
-    return stat.st_size != recorded["size"] or _fingerprint(folder, recorded["name"])["sha256"] != recorded["sha256"]
+    return stat.st_size != recorded["size"] or file_sha256(path) != recorded["sha256"]

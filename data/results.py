@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.files import naming
 from data.tables import LINES, SUFFIXES
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def write_table(path: Path, chunks: Iterable[Columns]) -> None:
     if part.is_dir():
         shutil.rmtree(part)
     try:
-        (_write_parquet if path.suffix == ".parquet" else _write_lines)(path, part, chunks)
+        with naming(path):
+            (_write_parquet if path.suffix == ".parquet" else _write_lines)(path, part, chunks)
     except BaseException:
         if part.is_dir() and not any(part.iterdir()):
             part.rmdir()
@@ -70,8 +72,6 @@ def _write_parquet(path: Path, part: Path, chunks: Iterable[Columns]) -> None:
             pl.scan_parquet(part / "*.parquet").sink_parquet(joined)
         os.replace(joined if number > 0 else part / "000000.parquet", path)
         shutil.rmtree(part)
-    except pl.exceptions.PolarsError as error:
-        raise OSError(f"{path} can't be written: {str(error).partition(chr(10))[0]}") from error
     finally:
         aside.unlink(missing_ok=True)
         joined.unlink(missing_ok=True)
@@ -86,10 +86,8 @@ def _write_lines(path: Path, part: Path, chunks: Iterable[Columns]) -> None:
             try:
                 while content:
                     content = content[file.write(content) :]
-            except BaseException as error:
+            except BaseException:
                 file.truncate(whole)
-                if isinstance(error, OSError):
-                    raise OSError(f"{path} can't be written: {error}") from error
                 raise
     os.replace(part, path)
 

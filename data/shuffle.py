@@ -21,14 +21,6 @@ class Shuffler:
         self._groups = torch.arange(n) if groups is None else groups
         self._epoch, self._order, self._uniform = -1, torch.empty(0), torch.empty(0)
 
-    def check_shares(self, n: int) -> None:
-        """ValueError where a batch is too small for each of n shares to get a sample."""
-        if n > self.batch_size:
-            raise ValueError(
-                f"A batch of {self.batch_size} samples does not go round {n} shares (processes x "
-                "train.gradient_accumulate_every): raise train.batch_size."
-            )
-
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Sample numbers [B] int64 and a uniform number in [0, 1) for each [B] float64, on the CPU."""
         epoch, place = divmod(step, self.n // self.batch_size)
@@ -48,10 +40,8 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_noise(seed: int, device: torch.device) -> None:
-    """Seeds the random numbers drawn on the device by default: dropout, Gumbel noise.
-
-    On a GPU those alone: `torch.manual_seed` seeds all kinds of devices, which takes the host as long as a short step.
-    """
+    """Seeds the random numbers drawn on the device by default: dropout, Gumbel noise. On a GPU those alone:
+    `torch.manual_seed` seeds all kinds of devices, which takes the host as long as a short step."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     else:

@@ -25,7 +25,7 @@ MAX_CATEGORIES = 512
 
 @dataclass(frozen=True)
 class Categories:
-    """One 0/1 column a category of the corpus, sorted by name; other categories have no column."""
+    """One 0/1 column per category of the corpus, sorted by name; other categories have no column."""
 
     identity = "categories"
     from_interactions = False
@@ -158,13 +158,14 @@ class FittedSources:
         return replace(fitted, sources=[s.at(text_model) if isinstance(s, SentenceEncoder) else s for s in sources])
 
 
-def checked(values: np.ndarray, name: str, keys: list[str]) -> np.ndarray:
-    """What a source gave, as [M, D] float32. Raises ValueError where it has another shape or is not finite."""
+def checked(values: np.ndarray, name: str, keys: list[str], start: int = 0) -> np.ndarray:
+    """What a source gave, as [M, D] float32. ValueError where it has another shape, or is not finite: that names the
+    item by its number, counted from start, and its key, or whatever says which one it is."""
     values = np.asarray(values, dtype=np.float32)
     if values.ndim != 2 or len(values) != len(keys):
         raise ValueError(f"{name} returned {values.shape} for {len(keys)} items")
     bad = ~np.isfinite(values).all(axis=1)
     if bad.any():
         item = int(bad.argmax())
-        raise ValueError(f"{name}: item {item} ({keys[item]!r}) is not finite")
+        raise ValueError(f"{name}: item {start + item} ({keys[item][:200]!r}) is not finite")
     return values

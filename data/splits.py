@@ -17,10 +17,8 @@ SplitKind = Literal["leave-one-out", "temporal"]
 @dataclass(frozen=True)
 class Splits:
     """name: the rule that drew them. interactions: in the order that was split. valid, test: prediction tasks.
-
     train_lengths: [U] int64, how many leading interactions of each user are training data. cut: the time before which
-    all of these lie, where there is one for all users.
-    """
+    all of these lie, where there is one for all users."""
 
     name: str
     interactions: Interactions
@@ -74,7 +72,10 @@ def temporal(
 
     valid, test = tasks(before[0], before[1]), tasks(before[1], interactions.offsets.diff())
     if not len(valid) or not len(test):
-        raise ValueError("The temporal split leaves no user to validate or test on: choose larger shares.")
+        raise ValueError(
+            f"temporal.valid_share = {valid_share} and test_share = {test_share} leave no user to validate or test on: "
+            "choose larger shares."
+        )
     name = "temporal " + "/".join(f"{100 * share:.4g}" for share in shares) + " %"
     return Splits(name, interactions, before[0], valid, test, int(cuts[0]))
 
@@ -136,11 +137,9 @@ def windows(train_lengths: Tensor, max_items: int) -> Samples:
 
 
 def drawn(samples: Samples, index: Tensor, uniform: Tensor | None, max_items: int) -> tuple[Tensor, Tensor]:
-    """Position and length of history of samples as they are drawn, [B] int64 both; no step waits for the device.
-
-    index: [B] int64. max_items: longest history. uniform: [B] float64 in [0, 1), how far each sample goes in its slack:
-    a positive one moves the position later, a negative one the start of the history; None leaves all in place.
-    """
+    """Position and length of history of samples as they are drawn, [B] int64 both; no step waits for the device. index:
+    [B] int64. max_items: longest history. uniform: [B] float64 in [0, 1), how far each sample goes in its slack: a
+    positive one moves the position later, a negative one the start of the history; None leaves all in place."""
     position, slack = samples.position[index], samples.slack[index]
     shift = torch.zeros_like(slack) if uniform is None else (uniform * (slack.abs() + 1)).long()
     position = position + shift.where(slack > 0, 0)

@@ -1,12 +1,14 @@
 """Reading tables of a user's own: CSV, TSV, parquet, JSON or RecBole's, with errors that name file and row."""
 
 import json
+from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from data.lines import ATOMIC, LINES, SEPARATORS, broken, place
+from data.lines import ATOMIC, KINDS, LINES, PLAIN, SEPARATORS, broken, place
 
 if TYPE_CHECKING:
     import polars as pl
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".csv", ".tsv", ".parquet", *LINES)
 BILLION = 10**9
 UNITS = {"ns": BILLION, "us": 10**6, "ms": 10**3}  # of a second
+NO_ID = r"^[\[{]|^(true|false)$"  # what may stand for a list, an object, true or false
+MAX_SHOWN = 300  # characters of the names of columns
 TYPES = ("token", "token_seq", "float", "float_seq")  # of columns in RecBole's files
 
 
@@ -28,13 +32,31 @@ def read_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> 
     Raises FileNotFoundError where there is no file; ValueError where it is of another kind, lacks a column, or can't
     be read, with the line if that is known.
     """
+    import polars as pl
+
     with reading(path):
         frame = scan_table(path, columns, text)
-        names = frame.collect_schema().names()
-        absent = [column for column in columns if column not in names]
-        if absent:
-            raise ValueError(f"{path} has no column {absent[0]!r}; its columns are {', '.join(names)}")
-        return frame.select(columns).collect(optimizations=whole_rows(path))
+        check_columns(path, frame.collect_schema().names(), columns)
+        table = frame.select(columns).collect(optimizations=whole_rows(path))
+    texts = table.select(pl.col(pl.String)).get_columns() if path.suffix in LINES else []
+    if any(column.str.contains("\0", literal=True).any() for column in texts) and (found := broken(path)):
+        raise ValueError(f"{path}{found}")  # half a surrogate pair, which polars reads as that
+    return table
+
+
+def check_columns(path: Path, names: Sequence[str], needed: Sequence[str], else_: str = "") -> None:
+    """ValueError where a table lacks a column that is needed, or has it twice. else_: what would serve instead."""
+    if absent := [column for column in needed if column not in names]:
+        shown = ", ".join(name if name.isprintable() and name == name.strip() else repr(name) for name in names)
+        found = broken(path) if path.suffix in SEPARATORS else None
+        if not found or "the header" not in found:
+            found = f" has no column {absent[0]!r}{else_}; its columns are {shown[:MAX_SHOWN]}"
+        raise ValueError(f"{path}{found}")
+    for column in needed:
+        if f"{column}_duplicated_0" in names:
+            raise ValueError(f"{path}: two columns are called {column!r}")
+        if needed.count(column) > 1:
+            raise ValueError(f"{path}: {column!r} can't be the column of two things, of {', '.join(needed)}")
 
 
 def scan_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> "pl.LazyFrame":
@@ -44,14 +66,17 @@ def scan_table(path: Path, columns: Sequence[str], text: Sequence[str] = ()) -> 
     if path.suffix not in (allowed := (*SUFFIXES, *ATOMIC, ".json")):
         raise ValueError(f"{path}: the file name must end with one of {', '.join(allowed)}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
+        raise FileNotFoundError(f"{path} is {'no file' if path.exists() else 'missing'}")
     if path.suffix in ATOMIC:
         return _atomic(path)
     if path.suffix in SEPARATORS:
         return pl.scan_csv(path, separator=SEPARATORS[path.suffix], infer_schema=False)
     if path.suffix == ".parquet":
         return pl.scan_parquet(path)
-    source = _as_lines(path, columns) if path.suffix == ".json" else path
+    source: Path | bytes = _as_lines(path, columns) if path.suffix == ".json" else path
+    with open(path, "rb") as file:
+        if isinstance(source, Path) and file.read(3) == BOM_UTF8:
+            source = file.read()
     return pl.scan_ndjson(source, infer_schema_length=None, schema_overrides=dict.fromkeys(text, pl.String))
 
 
@@ -86,8 +111,8 @@ def _atomic(path: Path) -> "pl.LazyFrame":
     for header in frame.collect_schema().names():
         name, _, kind = header.rpartition(":")
         if not name or kind not in TYPES:
-            kinds = ", ".join(TYPES)
-            raise ValueError(f"{path}: column {header!r} must be a name with a type ({kinds}), such as user_id:token")
+            rule = f"column {header!r} must be a name with a type ({', '.join(TYPES)}), such as user_id:token"
+            raise ValueError(f"{path}{broken(path) or f': {rule}'}")
         column = pl.col(header).str.split(" ") if kind == "token_seq" else pl.col(header)
         columns.append(column.alias(name))
     return frame.select(columns)
@@ -96,12 +121,15 @@ def _atomic(path: Path) -> "pl.LazyFrame":
 def _as_lines(path: Path, columns: Sequence[str]) -> bytes:
     """The rows of a .json file, as `read_table` has them, as JSON lines."""
     try:
-        members = json.loads(path.read_bytes())
-    except ValueError as error:
+        members = json.loads(path.read_bytes(), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from error
     kinds, rows = {type(member) for member in members.values()} if isinstance(members, dict) else set(), []
     if kinds == {list}:
         named = [(name, item) for name, items in members.items() for item in items]
+        for row, (_, item) in enumerate(named):
+            if type(item) in KINDS:
+                fail(path, row, f"{columns[1]!r} must be {PLAIN}, not {KINDS[type(item)]}")
         rows = [dict(zip(columns, pair, strict=False)) for pair in named]
     elif kinds == {dict}:
         rows = [member | {columns[0]: name} for name, member in members.items()]
@@ -110,7 +138,17 @@ def _as_lines(path: Path, columns: Sequence[str]) -> bytes:
             f'{path} must hold an object of lists, {{"user": ["item", ...], ...}}, or of objects, {{"item": {{"title": '
             "..}, ...}"
         )
-    return "\n".join(map(json.dumps, rows)).encode()
+    try:
+        return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path}: {error.object[:80]!r} holds half a surrogate pair") from error
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. ValueError where it has two members of one name, of which one would be lost."""
+    if len(members := dict(pairs)) < len(pairs):
+        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]!r} is in it twice")
+    return members
 
 
 def fail(path: Path, row: int, problem: str) -> NoReturn:
@@ -128,6 +166,8 @@ def keys(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
     if ids.dtype.is_float() and (ids.drop_nulls() == ids.drop_nulls().round()).all():
         ids = ids.cast(pl.Int64)  # whole numbers beside missing ones, as pandas writes them
     ids = ids.cast(pl.String)
+    if path.suffix in LINES and ids.str.contains(NO_ID).any() and (found := broken(path, [column])):
+        raise ValueError(f"{path}{found}")
     empty = ids.is_null() | (ids.str.strip_chars() == "")
     if empty.any():
         fail(path, int(empty.arg_true()[0]), f"{column!r} is empty")
@@ -148,6 +188,7 @@ def times(path: Path, table: "pl.DataFrame", column: str) -> "pl.Series":
         kind, found = min(readings.items(), key=lambda pair: pair[1].null_count())
     elif raw.dtype in (pl.Date, pl.Datetime):
         moments = raw.cast(pl.Datetime("us")) if raw.dtype == pl.Date else raw
+        assert isinstance(moments.dtype, pl.Datetime)
         found = _billionths(moments.to_physical()) // UNITS[moments.dtype.time_unit]
     elif raw.dtype.is_float():
         whole = raw.floor()

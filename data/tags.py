@@ -34,8 +34,8 @@ class Tags:
         """What `tensors` was put among; None where there is nothing of it."""
         if "tags.user" not in tensors:
             return None
-        columns = (tensors[f"tags.{name}"] for name in ("user", "item", "name", "time"))
-        return Tags(*columns, unpack_strings(tensors["tags.bytes"], tensors["tags.offsets"]))
+        columns = {name: tensors[f"tags.{name}"] for name in ("user", "item", "name", "time")}
+        return Tags(**columns, names=unpack_strings(tensors["tags.bytes"], tensors["tags.offsets"]))
 
     def known(self, splits: Splits, n_items: int) -> Tensor:
         """[K] bool: which lie before the split's cut in time, if it has one, and are not by a user on an item that they
@@ -53,7 +53,7 @@ class Tags:
         item, name = pairs // len(self.names), pairs % len(self.names)
         by_count = counts.argsort(descending=True, stable=True)
         order = by_count[item[by_count].argsort(stable=True)]
-        most = [[] for _ in texts]
+        most: list[list[str]] = [[] for _ in texts]
         for row, place in zip(item[order].tolist(), name[order].tolist(), strict=True):
             if len(most[row]) < MAX_TAGS:
                 most[row].append(self.names[place])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from common.files import file_sha256
 from common.packed_strings import pack_strings
 from common.parameters import Name, PathName, configurable
 from data.corpus import Corpus
@@ -17,7 +18,7 @@ from data.items import Items, look_up, vector_table
 @configurable
 @dataclass
 class Vectors:
-    """Vectors that lie in a file, one an item.
+    """Vectors that lie in a file, one per item.
 
     path: .npy or .safetensors with a matrix [N, D], whose row n belongs to item n: to row n of CustomData.items, of
     movies.csv, or to item n + 1 of the P5 archive; or .parquet with a column of ids and one of lists, in any order.
@@ -48,8 +49,7 @@ class Vectors:
             return self.digest
         if not Path(self.path).is_file():
             raise FileNotFoundError(f"Vectors.path = {self.path!r}: there is no such file")
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return file_sha256(Path(self.path))[:16]
 
     def content(self, corpus: Corpus, train_lengths: Tensor) -> str:
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in pack_strings(corpus.item_keys))).hexdigest()
@@ -61,13 +61,16 @@ class Vectors:
         if path.suffix not in readers:
             raise ValueError(f"{path}: the file name must end with one of {', '.join(readers)}")
         values = readers[path.suffix](path, corpus.item_keys)
-        if values.ndim != 2 or len(values) != corpus.n_items:
+        if values.ndim != 2 or len(values) != corpus.n_items or values.shape[1] == 0:
             raise ValueError(f"{path} holds {list(values.shape)}, corpus {corpus.name!r} needs [{corpus.n_items}, D]")
         if values.dtype.kind not in "fiu":
             raise ValueError(f"{path} holds {values.dtype}; vectors are of real numbers")
+        with np.errstate(over="ignore"):
+            values = np.array(values, dtype=np.float32)
         if not (finite := np.isfinite(values).all(1)).all():
-            raise ValueError(f"{path}: the vector of item {corpus.item_keys[int(finite.argmin())]!r} is not finite")
-        return vector_table(corpus.item_keys, np.array(values, dtype=np.float32))
+            key = corpus.item_keys[int(finite.argmin())]
+            raise ValueError(f"{path}: the vector of item {key!r} is not finite, or beyond float32")
+        return vector_table(corpus.item_keys, values)
 
     def transform(self, state: dict[str, Tensor], items: Items) -> np.ndarray:
         """M items -> [M, D] float32. Raises ValueError where an item is not in the table and brought no vector."""
@@ -86,7 +89,7 @@ class Vectors:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} can't be read as .npy ({error})") from error
+            raise ValueError(f"{path} can't be read as .npy, a matrix of numbers") from error
 
     def _safetensors(self, path: Path, keys: list[str]) -> np.ndarray:
         from safetensors import SafetensorError
@@ -103,13 +106,14 @@ class Vectors:
     def _parquet(self, path: Path, keys: list[str]) -> np.ndarray:
         import polars as pl
 
+        from data.tables import keys as ids_of
         from data.tables import read_table
 
         table = read_table(path, [self.key_column, self.column])
         kind = table.schema[self.column]
         if not isinstance(kind, pl.List | pl.Array) or not kind.inner.is_numeric():
             raise ValueError(f"{path}: {self.column!r} must hold lists of numbers, not {kind}")
-        table = table.select(key=pl.col(self.key_column).cast(pl.String), vector=self.column)
+        table = table.select(key=ids_of(path, table, self.key_column), vector=self.column)
         if table["key"].is_duplicated().any():
             repeated = table.filter(pl.col("key").is_duplicated())["key"][0]
             raise ValueError(f"{path}: item {repeated!r} has several vectors")
@@ -117,9 +121,8 @@ class Vectors:
         absent = found.filter(pl.col("vector").is_null())
         if len(absent):
             raise ValueError(f"{path} has no vector of item {absent['key'][0]!r}, and of {len(absent):,} items in all")
-        lengths = (
-            found["vector"].list.len() if found["vector"].dtype == pl.List else pl.Series([found["vector"].dtype.size])
-        )
-        if lengths.n_unique() != 1:
-            raise ValueError(f"{path}: the vectors have {lengths.min()} to {lengths.max()} numbers")
-        return found["vector"].explode().cast(pl.Float32).to_numpy().reshape(len(keys), -1)
+        vectors = found["vector"]
+        lengths = (vectors.list.len() if vectors.dtype == pl.List else vectors.arr.len()).to_list()
+        if min(lengths) != max(lengths):
+            raise ValueError(f"{path}: the vectors have {min(lengths)} to {max(lengths)} numbers")
+        return vectors.explode().cast(pl.Float32).to_numpy().reshape(len(keys), -1)

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -109,7 +109,7 @@ def pipeline_card(
 def _card(title: str, corpus_name: str | None, lines: list[str], results: "list[EvalResult] | None" = None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    terms = {"license": "unknown"}
+    terms: dict[str, Any] = {"license": "unknown"}
     if corpus_name in MOVIELENS:
         link = f"https://files.grouplens.org/datasets/movielens/{MOVIELENS[corpus_name][1]}"
         terms = {"license": "other", "license_name": "grouplens", "license_link": link}

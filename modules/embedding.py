@@ -1,14 +1,16 @@
 """Vectors of the catalogue's items and of its tree's nodes, each a sum of parts."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from common.module_list import ModuleList
 from modules.tree import Tree
 from ops.precision import stream_dtype
-from ops.sums import RowSums, sum_rows, take_sums
+from ops.sums import RowSums, sum_rows, take_rows, take_sums
 
 ItemParts = Annotated[tuple[Literal["free", "codes", "nodes", "features"], ...], Field(min_length=1)]
 NodeParts = Annotated[tuple[Literal["free", "codes", "features"], ...], Field(min_length=1)]
@@ -17,11 +19,9 @@ FACTORS = (0x2545F4914F6CDD1D, 0x1B873593CC9E2D51)  # odd, of the two hash funct
 
 
 class VectorSum(nn.Module):
-    """M vectors, each the sum of some rows of a table and of a perceptron of its features.
-
-    rows: [M, k] int32, of the table, which has n_rows; None: no table. features: [M, D], or None. std: of the table's
-    rows at the start. hidden: width of the perceptron. all_at_once: off, only those asked for are made in training.
-    """
+    """M vectors, each the sum of some rows of a table and of a perceptron of its features. rows: [M, k] int32, of the
+    table, which has n_rows; None: no table. features: [M, D], or None. std: of the table's rows at the start. hidden:
+    width of the perceptron. all_at_once: off, only those asked for are made in training."""
 
     def __init__(
         self,
@@ -40,42 +40,56 @@ class VectorSum(nn.Module):
             self.sums = RowSums.of(rows) if all_at_once else None
             self.table = nn.Parameter(torch.empty(n_rows, dim, device=rows.device).normal_(std=std))
         if features is not None:
-            self.mlp = feature_mlp(features.shape[1], dim, hidden).to(features.device)
+            self.mlp = nn.Sequential(nn.Linear(features.shape[1], hidden), nn.GELU(), nn.Linear(hidden, dim))
+            self.mlp.to(features.device)
 
     def __len__(self) -> int:
-        return len(self.rows if self.rows is not None else self.features)
+        return next(len(parts) for parts in (self.rows, self.features) if parts is not None)
 
     def forward(self) -> Tensor:
         """All: [M, dim], in `ops.precision.stream_dtype`. Where they are not made at once, without gradient."""
         if self.all_at_once:
-            return self._sum(sum_rows(self.table, self.sums) if self.table is not None else None, self.features)
+            whole = sum_rows(self.table, self.sums) if self.table is not None and self.sums is not None else None
+            return self._sum(whole, self.features)
         places = torch.arange(len(self), device=next(self.parameters()).device)
         with torch.no_grad():
             return torch.cat([self.take(chunk) for chunk in places.split(CHUNK)])
 
-    def take(self, index: Tensor) -> Tensor:
-        """Some: index [T] integers -> [T, dim]."""
-        rows = take_sums(self.table, self.rows[index]) if self.table is not None else None
+    def take(self, index: Tensor, made: Tensor | None = None) -> Tensor:
+        """Some: index [T] integers -> [T, dim]. made: all of them, if they are made already."""
+        if made is not None:
+            return take_rows(made, index)
+        rows = take_sums(self.table, self.rows[index]) if self.table is not None and self.rows is not None else None
         return self._sum(rows, self.features[index] if self.features is not None else None)
 
     def _sum(self, rows: Tensor | None, features: Tensor | None) -> Tensor:
-        if features is None:
+        if features is None or self.mlp is None:
+            assert rows is not None
             return rows
-        dtype = stream_dtype(self.mlp[0].weight)
+        dtype = stream_dtype(next(self.mlp.parameters()))
         described = self.mlp(features.to(dtype)).to(dtype)
         return described if rows is None else rows + described
 
 
-def feature_mlp(columns: int, dim: int, hidden: int) -> nn.Sequential:
-    """[.., columns] -> [.., dim]."""
-    return nn.Sequential(nn.Linear(columns, hidden), nn.GELU(), nn.Linear(hidden, dim))
+@dataclass(frozen=True)
+class Vectors:
+    """What ranking needs of the catalogue. items: [N, dim] or None; nodes: [n_d, dim] of depths 1 to L', or []. In
+    training None also stands for those that are made as they are needed."""
+
+    items: Tensor | None
+    nodes: list[Tensor | None]
+
+    @property
+    def made_nodes(self) -> list[Tensor]:
+        """Outside training all of `nodes`; in training at least the first."""
+        return [made for made in self.nodes if made is not None]
 
 
 def item_vectors(
     parts: ItemParts, tree: Tree, features: Tensor | None, dim: int, std: float, hidden: int, max_rows: int
 ) -> VectorSum:
-    """Vectors of the N items. parts: "free", one of its own; "codes", one a code of its ID; "nodes", one a node on its
-    path; "features", a perceptron of its features [N, D]. ValueError where features are missing.
+    """Vectors of the N items. parts: "free", one of its own; "codes", one per code of its ID; "nodes", one per node on
+    its path; "features", a perceptron of its features [N, D]. ValueError where features are missing.
 
     Where items or nodes of a depth are more than max_rows, two of max_rows hashed rows take the place of each own row
     (Tito Svenstrup et al. 2017, without weights), and vectors are made as they are needed.
@@ -95,19 +109,20 @@ def item_vectors(
 
 def node_vectors(
     parts: NodeParts, tree: Tree, features: Tensor | None, dim: int, std: float, hidden: int, max_rows: int
-) -> nn.ModuleList:
-    """Vectors of the nodes of each depth, 1 to L'. parts: "free", one of its own; "codes", one a code, shared by the
+) -> ModuleList[VectorSum]:
+    """Vectors of the nodes of each depth, 1 to L'. parts: "free", one of its own; "codes", one per code, shared by the
     nodes of a depth that end with it; "features", a perceptron of the mean features of the items below. max_rows: see
     `item_vectors`."""
     check_features("node_parts", parts, features)
-    levels = nn.ModuleList()
+    levels: ModuleList[VectorSum] = ModuleList()
+    described = features if "features" in parts else None
     for level, (code, size) in enumerate(zip(tree.code, tree.level_sizes, strict=True)):
         blocks = []
         if "free" in parts:
             blocks.append(_own(torch.arange(len(code), device=code.device), len(code), max_rows))
         if "codes" in parts:
             blocks.append((code[:, None], size))
-        means = tree.node_means(level + 1, features).to(features.dtype) if "features" in parts else None
+        means = tree.node_means(level + 1, described).to(described.dtype) if described is not None else None
         levels.append(VectorSum(*_below(blocks), means, dim, std, hidden, len(code) <= max_rows))
     return levels
 

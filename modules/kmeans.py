@@ -1,21 +1,9 @@
 """k-means, for the initial codebooks: k-means++ seeding (Arthur and Vassilvitskii 2007) and Lloyd's iterations."""
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ops.precision import matmul_precision
-
-
-@dataclass(frozen=True)
-class KMeans:
-    """centroids [K, D], assignment [N] int64, inertia: sum of squared distances to the own centroid."""
-
-    centroids: Tensor
-    assignment: Tensor
-    inertia: float
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
@@ -44,12 +32,9 @@ def plus_plus(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(x: Tensor, k: int, generator: torch.Generator, iterations: int = 20, spherical: bool = False) -> KMeans:
-    """Clusters x [N, D] into k groups. A group that empties restarts at the row farthest from its centroid.
-
-    spherical: rows of length 1, and so are the centroids (Dhillon and Modha 2001).
-    generator: on the device of x. ValueError where N < k.
-    """
+def kmeans(x: Tensor, k: int, generator: torch.Generator, iterations: int = 20) -> Tensor:
+    """The centroids [k, D] of k groups of x [N, D]. A group that empties restarts at the row farthest from its own.
+    generator: on the device of x. ValueError where N < k."""
     if len(x) < k:
         raise ValueError(f"k-means of {k} centroids needs at least {k} rows; there are {len(x)}.")
     centroids = plus_plus(x, k, generator)
@@ -60,7 +45,5 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator, iterations: int = 20, 
         farthest = x[distance.topk(k).indices]
         empty = counts == 0
         order = (empty.cumsum(0) - 1).clamp_min(0)  # the i-th empty group takes the i-th farthest row
-        means = sums / counts.clamp_min(1)[:, None]
-        centroids = torch.where(empty[:, None], farthest[order], F.normalize(means, dim=1) if spherical else means)
-    distance, assignment = squared_distances(x, centroids).min(1)
-    return KMeans(centroids, assignment, float(distance.sum()))
+        centroids = torch.where(empty[:, None], farthest[order], sums / counts.clamp_min(1)[:, None])
+    return centroids

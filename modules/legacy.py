@@ -1,7 +1,7 @@
 """Tokenizers that the original RQ-VAE-Recommender published: Hub folders and `.pt` checkpoints."""
 
+import logging
 import pickle
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -10,22 +10,16 @@ from torch import Tensor
 
 from modules.quantize import QuantizeForwardMode, QuantizeMode
 
-
-def is_legacy(config: dict) -> bool:
-    """Whether a config.json is the original project's, which stores no activation."""
-    return "activation" not in config
+logger = logging.getLogger(__name__)
 
 
 def legacy_arguments(config: dict, activation: str | None) -> dict:
-    """Arguments of `RqVae` for the original's model_config.
-
-    The activation changed from SiLU to ReLU together with the decoder, whose output had length 1 until then.
-    """
+    """Arguments of `RqVae` for the original's model_config. The activation changed from SiLU to ReLU together with the
+    decoder, whose output had length 1 until then."""
     if activation is None:
-        warnings.warn(
+        logger.warning(
             "The tokenizer's config does not say which activation it was trained with; taking 'silu'. "
-            'If it dates from March 2026 or later, load it with activation="relu".',
-            stacklevel=3,
+            'If it dates from March 2026 or later, load it with activation="relu".'
         )
         activation = "silu"
     mode = config.get("codebook_mode", QuantizeForwardMode.ROTATION_TRICK)
@@ -40,11 +34,9 @@ def legacy_arguments(config: dict, activation: str | None) -> dict:
 
 
 def read_checkpoint(path: Path, allow_pickle: bool) -> tuple[dict, dict[str, Tensor]]:
-    """Config and weights of a `.pt` checkpoint: {iter, model, model_config, optimizer}.
-
-    Only tensors, plain containers and `QuantizeForwardMode` are read; whatever else a pickle could call is refused,
-    unless allow_pickle. Raises ValueError that names the file.
-    """
+    """Config and weights of a `.pt` checkpoint: {iter, model, model_config, optimizer}. Only tensors, plain containers
+    and `QuantizeForwardMode` are read; whatever else a pickle could call is refused, unless allow_pickle. Raises
+    ValueError that names the file."""
     if not zipfile.is_zipfile(path):  # torch's older formats are pickles as a whole
         raise ValueError(f"{path} is no checkpoint in torch's zip format, or it is damaged.")
     try:

@@ -2,20 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import InstanceOf
 from torch import Tensor, nn
 
+from common.module_list import ModuleList
 from common.parameters import NonNegativeInt, PositiveFloat, PositiveInt, Rate, ShareBelowOne, configurable
 from common.schemas import SeqBatch
-from modules.embedding import ItemParts, NodeParts, VectorSum, item_vectors, node_vectors
+from modules.embedding import ItemParts, NodeParts, Vectors, VectorSum, item_vectors, node_vectors
 from modules.pretrained import load_pretrained, save_pretrained
 from modules.transformer.model import Decoder, Encoder, KVCache, MemoryView, TransformerConfig
 from modules.tree import Tree
-from ops.cross_entropy import Seen, linear_cross_entropy, sampled_losses
+from ops.cross_entropy import Seen, linear_cross_entropy
 from ops.jagged import JaggedTensor, row_indices
 from ops.precision import stream_dtype
+from ops.sampled import sampled_cross_entropy, sampled_tree_cross_entropy
 from ops.sums import take_rows
 from ops.tree import tree_cross_entropy
 
@@ -26,26 +29,13 @@ SEEN_SCALE = 10.0  # of the parameter behind the bias of consumed items, so that
 
 @dataclass(frozen=True)
 class RetrievalLoss:
-    """Means over the targets, in nats. loss: what is trained on, the weighted sum of the others.
-
-    items: -log p(item) of the item head; levels: [L'], -log p(node | parent) of the tree head on each level. 0 where
-    the head is not trained.
-    """
+    """Means over the targets, in nats. loss: what is trained on, the weighted sum of the others. items: -log p(item) of
+    the item head; levels: [L'], -log p(node | parent) of the tree head on each level. 0 where the head is not
+    trained."""
 
     loss: Tensor
     items: Tensor
     levels: Tensor
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What ranking needs of the catalogue. items: [N, dim] or None; nodes: [n_d, dim] of depths 1 to L', or [].
-
-    In training None also stands for those that are made as they are needed.
-    """
-
-    items: Tensor | None
-    nodes: list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         end_positions: NonNegativeInt = 0,
         max_rows: PositiveInt = 1_000_000,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in NO_SETTINGS}
+        given: dict[str, Any] = {name: value for name, value in locals().items() if name not in NO_SETTINGS}
         super().__init__()
         self.config = {**given, "tree": tree.digest, "item_parts": list(item_parts), "node_parts": list(node_parts)}
         if not (item_tokens and item_loss > 0) and tree_loss <= 0:
@@ -132,28 +122,29 @@ class EncoderDecoderRetrievalModel(nn.Module):
         common = tree, features, dim, vector_std, feature_dim, max_rows
         self.items = item_vectors(item_parts, *common) if item_tokens else None
         has_nodes = tree_loss > 0 or not item_tokens
-        self.nodes = node_vectors(node_parts, *common) if has_nodes else nn.ModuleList()
+        self.nodes: ModuleList[VectorSum] = node_vectors(node_parts, *common) if has_nodes else ModuleList()
         self.encoder = Encoder(block, encoder_layers, causal_encoder, drop_output=decoder_layers > 0)
         self.positions = (
             nn.Parameter(torch.empty(end_positions, dim).normal_(std=vector_std)) if end_positions else None
         )
         firsts = torch.tensor([0, *tree.n_nodes[:-1]], device=device).cumsum(0)  # of each depth among all nodes
-        self.register_buffer("first_nodes", firsts, persistent=False)
-        self.decoder, self.start, self.queries = None, None, nn.ModuleList()
+        self.first_nodes = nn.Buffer(firsts, persistent=False)
+        self.decoder, self.start = None, None
+        self.queries: ModuleList[LevelQuery] = ModuleList()
         if tree_loss > 0 and decoder_layers > 0:
             self.decoder = Decoder(block, decoder_layers)
             self.start = nn.Parameter(torch.empty(dim).normal_(std=vector_std))
         elif tree_loss > 0:
             self.queries.extend(LevelQuery(dim, dropout) for _ in range(tree.n_levels))
         self.seen = nn.Parameter(torch.zeros(())) if self.item_loss > 0 else None
-        drawn = None
+        drawn = torch.empty(0, dtype=torch.float64)
         if tree.n_items > max_rows and self.item_loss > 0:
             drawn = counts.double() if counts is not None else torch.ones(tree.n_items, dtype=torch.float64)
             drawn = ((drawn / drawn.sum() + 1 / tree.n_items) / 2).to(device)
-        self.register_buffer("drawn", drawn, persistent=False)  # [N] with what probability
-        self.register_buffer("drawn_below", drawn.cumsum(0) if drawn is not None else None, persistent=False)
+        self.drawn = nn.Buffer(drawn, persistent=False)  # [N] with what probability; empty: none are drawn
+        self.drawn_below = nn.Buffer(self.drawn.cumsum(0), persistent=False)
         # The item head's share in the score, chosen on validation.
-        self.register_buffer("item_share", torch.tensor(1.0 if tree_loss <= 0 else 0.5 if self.item_loss > 0 else 0.0))
+        self.item_share = nn.Buffer(torch.tensor(1.0 if tree_loss <= 0 else 0.5 if self.item_loss > 0 else 0.0))
         self.to(device)
 
     @property
@@ -164,25 +155,23 @@ class EncoderDecoderRetrievalModel(nn.Module):
     @property
     def seen_bias(self) -> Tensor:
         """What the item head's logits of consumed items differ by, []: learned, whether users come back to items."""
+        assert self.seen is not None  # there is an item head
         return self.seen * SEEN_SCALE
 
-    def vectors(self) -> Vectors:
-        """Of all items and nodes, in `ops.precision.stream_dtype`; for many searches they are made once."""
-        return Vectors(self.items() if self.items is not None else None, [level() for level in self.nodes])
-
-    def _trained_vectors(self) -> Vectors:
-        def made(vectors: VectorSum) -> Tensor | None:
-            return vectors() if vectors.all_at_once else None
-
-        return Vectors(made(self.items) if self.items is not None else None, [made(level) for level in self.nodes])
+    def vectors(self, training: bool = False) -> Vectors:
+        """Of all items and nodes, in `ops.precision.stream_dtype`; for many searches they are made once. training:
+        without those that are made as they are needed."""
+        every = (self.items, *self.nodes)
+        made = [of() if of is not None and (of.all_at_once or not training) else None for of in every]
+        return Vectors(made[0], made[1:])
 
     def _encoder_output(self, history: JaggedTensor, vectors: Vectors) -> JaggedTensor:
         """[T * tokens_per_item, dim], normalized: history rows of item ids [T]."""
         if self.items is not None:
-            x = _take(self.items, vectors.items, history.values)
+            x = self.items.take(history.values, vectors.items)
         else:
             nodes = self.tree.item_nodes[history.values, 1:] + self.first_nodes  # [T, L']
-            x = take_rows(torch.cat(vectors.nodes), nodes.flatten())
+            x = take_rows(torch.cat(vectors.made_nodes), nodes.flatten())
         levels = self.tokens_per_item
         tokens = JaggedTensor(x, history.offsets * levels, history.max_length * levels)
         if self.positions is not None:
@@ -197,7 +186,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         targets = batch.targets
         if not self.causal_encoder and targets.max_length != 1:
             raise ValueError(
-                "A bidirectional encoder takes one target a history: set "
+                "A bidirectional encoder takes one target per history: set "
                 "EncoderDecoderRetrievalModel.causal_encoder = True or train.every_position = False."
             )
         first = batch.history.lengths - targets.lengths + 1  # items before the first target
@@ -206,8 +195,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
 
     def forward(self, batch: SeqBatch) -> RetrievalLoss:
         """-log p(target) of both heads; each level's softmax runs over the children of the target's node alone."""
-        vectors, targets = self._trained_vectors(), batch.targets
-        items = targets.values
+        vectors, targets, items = self.vectors(training=True), batch.targets, batch.targets.values
         encoded, limits = self._encoder_output(batch.history, vectors), self._limits(batch)
         rows = row_indices(targets.offsets, len(items))
         aligned = targets.offsets is batch.history.offsets and self.tokens_per_item == 1  # target i follows token i
@@ -215,60 +203,35 @@ class EncoderDecoderRetrievalModel(nn.Module):
         weights = batch.weights.to(torch.promote_types(state.dtype, torch.float32))
         total = weights.sum()
         item_loss, levels = total.new_zeros(()), total.new_zeros(self.tree.n_levels)
-        if self.item_loss > 0:
-            item_loss = self._item_loss(state, vectors, batch, weights) / total
+        if self.item_loss > 0 and vectors.items is not None:
+            seen = Seen(*batch.seen, self.seen_bias) if batch.seen is not None else None
+            item_loss = linear_cross_entropy(state, vectors.items, items, weights, self.label_smoothing, seen) / total
+        elif self.item_loss > 0 and self.items is not None:
+            drawn = self.drawn, self.drawn_below, SAMPLED_ITEMS
+            item_loss = (sampled_cross_entropy(state, self.items.take, items, *drawn) * weights).sum() / total
         if self.tree_loss > 0:
             path = self.tree.item_nodes[items]  # [P, L' + 1]
-            if self.decoder is None:
+            if self.decoder is None or self.start is None:
                 queries = [query(state) for query in self.queries]
             else:
                 view = MemoryView(targets.offsets, targets.max_length, limits.repeat_interleave(self.tree.n_levels))
-                above = [_take(self.nodes[d], v, path[:, d + 1]) for d, v in enumerate(vectors.nodes[:-1])]
+                above = [self.nodes[d].take(path[:, d + 1], made) for d, made in enumerate(vectors.nodes[:-1])]
                 x = torch.stack([self.start.to(state.dtype).expand_as(state), *(v.to(state.dtype) for v in above)], 1)
                 hidden, _ = self.decoder(x, self.decoder.memory(encoded), view)  # [P, L', dim]
                 queries = hidden.unbind(1)
             smoothing, order = self.label_smoothing, path[:, -1].argsort(stable=True)  # by leaf: by node of each depth
-            losses = [linear_cross_entropy(queries[0], vectors.nodes[0], path[:, 1].long(), weights, smoothing)]
+            first = vectors.made_nodes[0]
+            losses = [linear_cross_entropy(queries[0], first, path[:, 1].long(), weights, smoothing)]
             for depth in range(1, self.tree.n_levels):
                 level = self.tree.first_child[depth], path[:, depth], path[:, depth + 1], self.tree.fanout[depth]
-                if vectors.nodes[depth] is None:
-                    loss = self._sampled_children_losses(queries[depth], self.nodes[depth], *level)
+                if (nodes := vectors.nodes[depth]) is None:
+                    take = self.nodes[depth].take
+                    loss = sampled_tree_cross_entropy(queries[depth], take, *level, SAMPLED_CHILDREN)
                 else:
-                    loss = tree_cross_entropy(queries[depth], vectors.nodes[depth], *level, smoothing, order)
+                    loss = tree_cross_entropy(queries[depth], nodes, *level, smoothing, order)
                 losses.append((loss * weights).sum())
             levels = torch.stack(losses) / total
         return RetrievalLoss(self.item_loss * item_loss + self.tree_loss * levels.sum(), item_loss, levels)
-
-    def _item_loss(self, state: Tensor, vectors: Vectors, batch: SeqBatch, weights: Tensor) -> Tensor:
-        """Sum of the item head's losses [], each times its weight."""
-        items = batch.targets.values
-        if vectors.items is not None:
-            seen = Seen(*batch.seen, self.seen_bias) if batch.seen is not None else None
-            return linear_cross_entropy(state, vectors.items, items, weights, self.label_smoothing, seen)
-        uniform = torch.rand(SAMPLED_ITEMS, dtype=torch.float64, device=items.device) * self.drawn_below[-1]
-        others = torch.searchsorted(self.drawn_below, uniform).clamp_max(self.tree.n_items - 1)
-        own = (state * self.items.take(items)).sum(1)
-        logits = state @ self.items.take(others).T.to(state.dtype)  # [P, SAMPLED_ITEMS]
-        expected = (self.drawn[others] * SAMPLED_ITEMS).log()
-        return (sampled_losses(own, logits, expected, others == items[:, None]) * weights).sum()
-
-    def _sampled_children_losses(
-        self, query: Tensor, nodes: VectorSum, first_child: Tensor, parents: Tensor, targets: Tensor, fanout: int
-    ) -> Tensor:
-        """As `tree_cross_entropy`, over all children where no parent has more than SAMPLED_CHILDREN: [P]."""
-        first, count = first_child[parents].long()[:, None], first_child.diff()[parents][:, None]
-        if fanout <= SAMPLED_CHILDREN:
-            place = torch.arange(fanout, device=query.device).expand(len(query), -1)
-            expected = torch.zeros_like(count)
-        else:
-            place = (torch.rand(len(query), SAMPLED_CHILDREN, device=query.device) * count).long()
-            expected = (SAMPLED_CHILDREN / count).log()
-        left_out = place >= count
-        children = first + torch.minimum(place, count - 1)
-        own = (query * nodes.take(targets)).sum(1)
-        vectors = nodes.take(children.flatten()).unflatten(0, children.shape).to(query.dtype)  # [P, S, dim]
-        logits = torch.bmm(vectors, query[:, :, None]).squeeze(2)
-        return sampled_losses(own, logits, expected, left_out | (children == targets[:, None]))
 
     def encode(self, history: JaggedTensor, vectors: Vectors) -> Encoded:
         """history: rows of item ids, none empty."""
@@ -279,18 +242,16 @@ class EncoderDecoderRetrievalModel(nn.Module):
     def next_query(
         self, encoded: Encoded, depth: int, nodes: Tensor, vectors: Vectors, cache: KVCache | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Queries for the children of nodes [B, K] of a depth, one step of generation; K = 1 at depth 0.
-
-        cache: of the steps before, for B * K sequences. Returns queries [B, K, dim], or [B, 1, dim] where they don't
-        depend on the node, and each decoder layer's keys and values [B * K, 2, H, D], for `KVCache.extend`.
-        """
-        if self.decoder is None:
+        """Queries for the children of nodes [B, K] of a depth, one step of generation; K = 1 at depth 0. cache: of the
+        steps before, for B * K sequences. Returns queries [B, K, dim], or [B, 1, dim] where they don't depend on the
+        node, and each decoder layer's keys and values [B * K, 2, H, D], for `KVCache.extend`."""
+        if self.decoder is None or self.start is None:
             return self.queries[depth](encoded.state)[:, None], []
         users, beams = nodes.shape
         if depth == 0:
             x = self.start.to(stream_dtype(self.start)).expand(users, 1, -1)
         else:
-            x = vectors.nodes[depth - 1][nodes.flatten()][:, None]  # [B * K, 1, dim]
+            x = vectors.made_nodes[depth - 1][nodes.flatten()][:, None]  # [B * K, 1, dim]
         limits = encoded.memory[0].lengths.repeat_interleave(beams)
         view = MemoryView(torch.arange(users + 1, device=x.device) * beams, beams, limits)
         hidden, tokens = self.decoder(x, encoded.memory, view, cache)
@@ -305,10 +266,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
         folder: str | Path, tree: Tree, features: Tensor | None = None
     ) -> "EncoderDecoderRetrievalModel":
         """Reads what `save_pretrained` wrote, in evaluation mode; tree and features as the model was trained with.
-
         ValueError where the model is of another tree or was saved by an earlier version; see also
-        `modules.pretrained.load_pretrained`.
-        """
+        `modules.pretrained.load_pretrained`."""
         config, weights = load_pretrained(folder)
         trained = config.pop("tree", None)
         if trained is None:
@@ -320,11 +279,6 @@ class EncoderDecoderRetrievalModel(nn.Module):
         model = EncoderDecoderRetrievalModel(tree, features, **config)
         model.load_state_dict(weights)
         return model.eval()
-
-
-def _take(vectors: VectorSum, made: Tensor | None, index: Tensor) -> Tensor:
-    """[T, dim], of those already made, if they are."""
-    return take_rows(made, index) if made is not None else vectors.take(index)
 
 
 class LevelQuery(nn.Module):

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.files import write_file
+from common.files import aside, write_file
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PLACE = "<this repository or folder>"  # in a card; an upload puts the repository's id there
@@ -19,20 +19,19 @@ HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/\w([\w.-]*\w)?")
 def save_pretrained(model: nn.Module, config: dict, folder: str | Path) -> None:
     """Writes what rebuilds the model: config, the arguments of its class, and its weights."""
     folder = Path(folder)
-    write_file(folder / WEIGHTS, save(to_cpu(model.state_dict())))
+    write_tensors(folder / WEIGHTS, model.state_dict())
     write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, contiguous, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file by way of `common.files.aside`, without a copy in memory of what lies on the CPU."""
+    with aside(path) as part:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
 
 
 def load_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Config and weights that `save_pretrained` wrote.
-
-    Raises FileNotFoundError that names a missing file, ValueError that names a damaged one.
-    """
+    """Config and weights that `save_pretrained` wrote. Raises FileNotFoundError that names a missing file, ValueError
+    that names a damaged one."""
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():

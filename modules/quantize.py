@@ -26,8 +26,6 @@ class QuantizeMode(NamedEnum):
     """The gradient is rotated and scaled as the input was to reach the code (Fifty et al. 2024)."""
     GUMBEL_SOFTMAX = "gumbel_softmax"
     """A soft mixture of codes, sharpened by the temperature (Jang et al. 2017)."""
-    SINKHORN = "sinkhorn"
-    """Codes shared out evenly over the batch (Zheng et al. 2024, LC-Rec, eq. 4), gradient straight-through."""
 
 
 class QuantizeForwardMode(Enum):
@@ -72,26 +70,9 @@ def rotation_trick(x: Tensor, embedding: Tensor) -> Tensor:
     return target + (passed - passed.detach())  # the value is exactly the code's: the bracket is zero
 
 
-def sinkhorn(distances: Tensor, epsilon: float = 0.02, iterations: int = 50) -> Tensor:
-    """Entropic optimal transport of B rows to V codes of equal share: the plan with rows of 1 and columns of B / V.
-
-    epsilon: regularization, in units of the mean distance (Cuturi 2013). Shape: [B, V] -> [B, V] float64.
-    """
-    costs = distances.double()
-    costs = costs - costs.min(1, keepdim=True).values
-    kernel = torch.exp(-costs / (epsilon * distances.double().mean()).clamp_min(1e-30)).clamp_min(1e-200)
-    rows, share = kernel.new_ones(len(kernel)), len(kernel) / kernel.shape[1]
-    for _ in range(iterations):
-        columns = share / (rows @ kernel)
-        rows = 1 / (kernel @ columns)
-    return rows[:, None] * kernel * columns
-
-
 def first_smallest(distances: Tensor) -> Tensor:
-    """Column of the smallest value of each row; of equal ones the first, on every device.
-
-    In float64 values that differ by rounding (1e-12 of the largest in the row) are equal. Shape: [B, V] -> [B] int64.
-    """
+    """Column of the smallest value of each row; of equal ones the first, on every device. In float64 values that differ
+    by rounding (1e-12 of the largest in the row) are equal. Shape: [B, V] -> [B] int64."""
     slack = 1e-12 * distances.amax(1, keepdim=True) if distances.dtype == torch.float64 else 0.0
     smallest = distances <= distances.amin(1, keepdim=True) + slack
     columns = torch.arange(distances.shape[1], device=distances.device)
@@ -101,9 +82,9 @@ def first_smallest(distances: Tensor) -> Tensor:
 class Quantize(nn.Module):
     """A codebook of `codebook_size` vectors of `dim` numbers.
 
-    distance: "l2", or "cosine", which compares directions. update: "gradient", or "ema": each code is the moving
-    average of its inputs (van den Oord et al. 2017, appendix A.1). sim_vq: the codes are a learned linear map of
-    the stored vectors, so that a step moves all of them (Zhu et al. 2024). normalize: codes of length 1.
+    update: "gradient", or "ema": each code is the moving average of its inputs (van den Oord et al. 2017, appendix
+    A.1). sim_vq: the codes are a learned linear map of the stored vectors, so that a step moves all of them (Zhu et al.
+    2024). normalize: codes of length 1.
     """
 
     def __init__(
@@ -112,7 +93,6 @@ class Quantize(nn.Module):
         codebook_size: int,
         mode: QuantizeMode,
         commitment_weight: float,
-        distance: str = "l2",
         update: str = "gradient",
         sim_vq: bool = False,
         normalize: bool = False,
@@ -122,12 +102,12 @@ class Quantize(nn.Module):
             raise ValueError("RqVae.codebook_update = 'ema' goes with neither codebook_sim_vq nor Gumbel-softmax.")
         self.embedding = nn.Embedding(codebook_size, dim)
         self.out_proj = nn.Sequential(nn.Linear(dim, dim, bias=False)) if sim_vq else None
-        self.mode, self.distance, self.update, self.normalize = mode, distance, update, normalize
+        self.mode, self.update, self.normalize = mode, update, normalize
         self.commitment_weight = commitment_weight
         if update == "ema":
             self.embedding.weight.requires_grad_(False)
-            self.register_buffer("ema_count", torch.ones(codebook_size))
-            self.register_buffer("ema_sum", torch.zeros(codebook_size, dim))
+            self.ema_count = nn.Buffer(torch.ones(codebook_size))
+            self.ema_sum = nn.Buffer(torch.zeros(codebook_size, dim))
 
     @property
     def codebook(self) -> Tensor:
@@ -139,34 +119,21 @@ class Quantize(nn.Module):
         return F.normalize(codes, dim=-1) if self.normalize else codes
 
     @torch.no_grad()
-    def set_codebook(self, codes: Tensor) -> None:
-        """codes [V, D]; SimVQ's map becomes the identity, moving averages start anew."""
+    def fit(self, x: Tensor, generator: torch.Generator) -> None:
+        """Makes the codes the k-means centroids of x [N, D], N >= V; generator: on the device of x. SimVQ's map becomes
+        the identity, moving averages start anew."""
+        codes = kmeans(x, len(self.embedding.weight), generator)
         self.embedding.weight.copy_(codes)
         if self.out_proj is not None:
-            nn.init.eye_(self.out_proj[0].weight)
+            nn.init.eye_(next(self.out_proj.parameters()))
         if self.update == "ema":
             self.ema_count.fill_(1.0)
             self.ema_sum.copy_(codes)
 
-    @torch.no_grad()
-    def fit(self, x: Tensor, generator: torch.Generator) -> None:
-        """Makes the codes the k-means centroids of x [N, D], N >= V; generator: on the device of x."""
-        if self.distance == "l2":
-            return self.set_codebook(kmeans(x, len(self.embedding.weight), generator).centroids)
-        clusters = kmeans(F.normalize(x, dim=-1), len(self.embedding.weight), generator, spherical=True)
-        directions = clusters.centroids
-        along = (x * directions[clusters.assignment]).sum(-1)
-        counts = torch.bincount(clusters.assignment, minlength=len(directions))
-        lengths = torch.zeros_like(directions[:, 0]).index_add_(0, clusters.assignment, along) / counts.clamp_min(1)
-        self.set_codebook(directions * lengths.clamp_min(1e-6)[:, None])
-
     def distances(self, x: Tensor, codebook: Tensor) -> Tensor:
         """Squared, in float32 or float64. Shape: x [B, D], codebook [V, D] -> [B, V]."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, codebook = x.to(dtype), codebook.to(dtype)
-        if self.distance == "cosine":
-            x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
-        return squared_distances(x, codebook)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return squared_distances(x.to(dtype), codebook.to(dtype))
 
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest code; of equally near ones the first. Shape: [B, D] -> [B] int64."""
@@ -175,27 +142,22 @@ class Quantize(nn.Module):
     def ranked(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest codes, nearest first; of equally near ones the lower first, on every device.
 
-        So that rounding decides nothing, distances are whole multiples of 2^-24 of the codebook's scale (the square
-        of its largest entry; 1 by cosine). Shape: x [B, D] float64 -> distances, codes [B, k] int64.
+        So that rounding decides nothing, distances are whole multiples of 2^-24 of the codebook's scale, the square
+        of its largest entry. Shape: x [B, D] float64 -> distances, codes [B, k] int64.
         """
         codebook = self.codebook.to(x.dtype)
-        scale = 1.0 if self.distance == "cosine" else codebook.abs().max().square().clamp_min(1e-30)
+        scale = codebook.abs().max().square().clamp_min(1e-30)
         multiples = (self.distances(x, codebook) / scale * 2**24).round().clamp_max(2**40).long()
         size = len(codebook)
         keys = (multiples * size + torch.arange(size, device=x.device)).topk(k, largest=False).values
         return keys // size, keys % size
 
-    def forward(self, x: Tensor, temperature: float = 1.0) -> Quantized:
-        """x [B, D]. Outside training every mode returns the nearest code's vector.
-
-        temperature: of the Gumbel-softmax; the other modes don't read it.
-        """
+    def forward(self, x: Tensor, temperature: float | Tensor = 1.0) -> Quantized:
+        """x [B, D]. Outside training every mode returns the nearest code's vector. temperature: of the Gumbel-softmax;
+        the other modes don't read it."""
         codebook = self.codebook
         distances = self.distances(x, codebook)
-        if self.training and self.mode is QuantizeMode.SINKHORN:
-            ids = sinkhorn(distances.detach()).argmax(-1)
-        else:
-            ids = distances.detach().argmin(-1) if self.training else first_smallest(distances.detach())
+        ids = distances.detach().argmin(-1) if self.training else first_smallest(distances.detach())
         hard = F.embedding(ids, codebook)  # [B, D]
         loss = quantize_loss(x, hard, self.commitment_weight)
         if not self.training:
@@ -204,7 +166,8 @@ class Quantize(nn.Module):
             self._average(x.detach().float(), ids)
         if self.mode is QuantizeMode.GUMBEL_SOFTMAX:
             with torch.autocast(x.device.type, enabled=False):
-                soft = F.gumbel_softmax(-distances, tau=temperature) @ codebook.to(distances.dtype)
+                weights = F.gumbel_softmax(-distances, temperature)  # type: ignore[arg-type]  # takes a tensor, too
+                soft = weights @ codebook.to(distances.dtype)
             return Quantized(ids, soft.to(x.dtype), quantize_loss(x, soft, self.commitment_weight))
         if self.mode is QuantizeMode.ROTATION_TRICK:
             return Quantized(ids, rotation_trick(x, hard), loss)

@@ -2,11 +2,9 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,16 +12,19 @@ from pydantic import InstanceOf
 from torch import Tensor, nn
 
 from common.files import write_file
+from common.module_list import ModuleList
 from common.parameters import NonNegativeInt, PositiveInt, Rate, ShareBelowOne, configurable
 from common.prefetch import stream
 from modules.card import tokenizer_card
 from modules.encoder import MLP
-from modules.legacy import is_legacy, legacy_arguments, read_checkpoint
+from modules.legacy import legacy_arguments, read_checkpoint
 from modules.loss import reconstruction_loss
 from modules.normalize import Standardize
 from modules.pretrained import CARD, load_pretrained, push_folder, resolve, save_pretrained
 from modules.quantize import Quantize, QuantizeMode
 from ops.dispatch import has_kernel
+
+NO_SETTINGS = ("self", "from_interactions", "__class__")
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,11 @@ class SemanticIdOutput:
 
 @dataclass(frozen=True)
 class RqVaeLosses:
-    """Batch means, float32 scalars; sem_ids [B, L] int64."""
+    """Batch means, float32 scalars."""
 
     loss: Tensor
     reconstruction_loss: Tensor
     quantize_loss: Tensor
-    sem_ids: Tensor
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    yield
-    model.train(training)
 
 
 @configurable
@@ -60,10 +52,10 @@ class RqVae(nn.Module):
     """Residual-quantized autoencoder.
 
     input_dim: columns of the features; hidden_dims: of the encoder, mirrored in the decoder; embed_dim: of the
-    latent and of every codebook vector; codebook_size: vectors a level; n_layers: levels L.
+    latent and of every codebook vector; codebook_size: vectors per level; n_layers: levels L.
     n_cat_features: how many trailing columns are multi-hot categories, reconstructed as logits.
     hidden_dims None: no autoencoder; the codes are those of residual k-means of the features.
-    codebook_mode, codebook_distance, codebook_update, codebook_sim_vq: see `modules.quantize.Quantize`.
+    codebook_mode, codebook_update, codebook_sim_vq: see `modules.quantize.Quantize`.
     codebook_normalize: latents and first-level codes of length 1.
     standardize: "column" (each column to mean 0 and deviation 1), "global" (each column to mean 0, one
     deviation for all) or "none"; the constants are fitted by `initialize` and stored with the weights.
@@ -83,7 +75,6 @@ class RqVae(nn.Module):
         n_cat_features: NonNegativeInt = 0,
         codebook_mode: QuantizeMode = QuantizeMode.ROTATION_TRICK,
         codebook_kmeans_init: bool = True,
-        codebook_distance: Literal["l2", "cosine"] = "l2",
         codebook_update: Literal["gradient", "ema"] = "gradient",
         codebook_sim_vq: bool = False,
         codebook_normalize: bool = False,
@@ -95,50 +86,27 @@ class RqVae(nn.Module):
         drop_interactions: ShareBelowOne = 0.0,
         from_interactions: InstanceOf[np.ndarray] | None = None,
     ) -> None:
+        embed_dim = input_dim if hidden_dims is None else embed_dim
+        given: dict[str, Any] = {name: value for name, value in locals().items() if name not in NO_SETTINGS}
         super().__init__()
         if n_cat_features >= input_dim:
             raise ValueError(f"RqVae.n_cat_features is {n_cat_features}; the input has {input_dim} columns.")
-        embed_dim = input_dim if hidden_dims is None else embed_dim
-        self.config = {
-            "input_dim": input_dim,
-            "embed_dim": embed_dim,
-            "hidden_dims": None if hidden_dims is None else list(hidden_dims),
-            "codebook_size": codebook_size,
-            "n_layers": n_layers,
-            "n_cat_features": n_cat_features,
-            "codebook_mode": codebook_mode.value,
-            "codebook_kmeans_init": codebook_kmeans_init,
-            "codebook_distance": codebook_distance,
-            "codebook_update": codebook_update,
-            "codebook_sim_vq": codebook_sim_vq,
-            "codebook_normalize": codebook_normalize,
-            "commitment_weight": commitment_weight,
-            "standardize": standardize,
-            "activation": activation,
-            "normalize_output": normalize_output,
-            "separate_collisions": separate_collisions,
-            "drop_interactions": drop_interactions,
-        }
+        sizes = None if hidden_dims is None else list(hidden_dims)
+        self.config = given | {"hidden_dims": sizes, "codebook_mode": codebook_mode.value}
         mask = np.zeros(input_dim, dtype=bool) if from_interactions is None else from_interactions
-        self.register_buffer("from_interactions", torch.from_numpy(mask), persistent=False)
+        self.from_interactions = nn.Buffer(torch.from_numpy(mask), persistent=False)
         self.n_cat_features = n_cat_features
         self.standardize = Standardize(input_dim - n_cat_features) if standardize != "none" else None
-        if hidden_dims is None:
-            self.encoder, self.decoder = nn.Identity(), nn.Identity()
-        else:
-            dims = [input_dim, *hidden_dims, embed_dim]
-            self.encoder = MLP(dims, activation, normalize=codebook_normalize)
-            self.decoder = MLP(dims[::-1], activation, normalize=normalize_output)
-        codebook = (codebook_distance, codebook_update, codebook_sim_vq)
-        usual = codebook_mode is QuantizeMode.ROTATION_TRICK and codebook == ("l2", "gradient", False)
+        dims, plain = [input_dim, *(hidden_dims or ()), embed_dim], hidden_dims is None
+        self.encoder = nn.Identity() if plain else MLP(dims, activation, normalize=codebook_normalize)
+        self.decoder = nn.Identity() if plain else MLP(dims[::-1], activation, normalize=normalize_output)
+        codebook = (codebook_update, codebook_sim_vq)
+        usual = codebook_mode is QuantizeMode.ROTATION_TRICK and codebook == ("gradient", False)
         self.plain = usual and not codebook_normalize and embed_dim <= 256  # what the kernel takes
-        self.layers = nn.ModuleList(
+        self.layers: ModuleList[Quantize] = ModuleList(
             Quantize(embed_dim, codebook_size, codebook_mode, commitment_weight, *codebook, normalize)
             for normalize in [codebook_normalize] + [False] * (n_layers - 1)
         )
-        self._init_weights()
-
-    def _init_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_normal_(module.weight)
@@ -147,22 +115,18 @@ class RqVae(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, generator: torch.Generator) -> None:
-        """Fits what is fitted before training: the standardization, and the codebooks.
-
-        x: [N, input_dim], a sample of the features, at least codebook_size rows. generator: on the device of x.
-        """
+        """Fits what is fitted before training: the standardization, and the codebooks. x: [N, input_dim], a sample of
+        the features, at least codebook_size rows. generator: on the device of x."""
         if self.standardize is not None:
-            self.standardize.fit(x[:, : len(self.standardize.mean)], self.config["standardize"] == "column")
+            self.standardize.fit(x, self.config["standardize"] == "column")
         if self.config["codebook_kmeans_init"]:
             self.fit_codebooks(x, generator)
 
     @torch.no_grad()
     def fit_codebooks(self, x: Tensor, generator: torch.Generator) -> None:
         """Replaces each level's codebook by the k-means centroids of its residuals. Arguments as of `initialize`.
-
-        Gradient steps move a code only while it is chosen, so codes die as the encoder moves away from them;
-        k-means spreads them over the residuals again, and minimizes the same squared distance.
-        """
+        Gradient steps move a code only while it is chosen, so codes die as the encoder moves away from them; k-means
+        spreads them over the residuals again, and minimizes the same squared distance."""
         residual = self.encode(x)
         for layer in self.layers:
             layer.fit(residual, generator)
@@ -170,12 +134,7 @@ class RqVae(nn.Module):
 
     def normalized(self, x: Tensor) -> Tensor:
         """Features as the autoencoder sees them, categories untouched. Shape: [B, input_dim] both."""
-        if self.standardize is None:
-            return x
-        if self.n_cat_features == 0:
-            return self.standardize(x)
-        split = len(self.standardize.mean)
-        return torch.cat([self.standardize(x[:, :split]), x[:, split:]], dim=1)
+        return x if self.standardize is None else self.standardize(x)
 
     def encode(self, x: Tensor) -> Tensor:
         """[B, input_dim] -> [B, embed_dim]."""
@@ -184,12 +143,9 @@ class RqVae(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """[B, embed_dim] -> [B, input_dim] in the units of the input; categories as logits."""
         decoded = self.decoder(latent)
-        if self.standardize is None:
-            return decoded
-        split = len(self.standardize.mean)
-        return torch.cat([self.standardize.inverse(decoded[:, :split]), decoded[:, split:]], dim=1)
+        return decoded if self.standardize is None else self.standardize.inverse(decoded)
 
-    def quantize(self, latent: Tensor, temperature: float = 1.0) -> SemanticIdOutput:
+    def quantize(self, latent: Tensor, temperature: float | Tensor = 1.0) -> SemanticIdOutput:
         """latent [B, D]: each level codes what the levels before it left."""
         residual, loss = latent, latent.new_zeros(len(latent), dtype=torch.float32)
         embeddings, residuals, sem_ids = [], [], []
@@ -211,26 +167,21 @@ class RqVae(nn.Module):
         """x: features [B, input_dim]. loss = reconstruction + quantization (Rajput et al. 2023, section 3.1)."""
         return self.autoencode(self.normalized(x), temperature)
 
-    def autoencode(self, x: Tensor, temperature: float = 1.0) -> RqVaeLosses:
+    def autoencode(self, x: Tensor, temperature: float | Tensor = 1.0) -> RqVaeLosses:
         """What `forward` gives, of features as `normalized` returns them."""
-        reconstruction, quantization, sem_ids = self.row_losses(x, temperature)
-        reconstruction, quantization = reconstruction.mean(), quantization.mean()
-        return RqVaeLosses(reconstruction + quantization, reconstruction, quantization, sem_ids)
-
-    def row_losses(self, x: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction and quantization loss of each row, [B] float32, and the codes [B, L] int64, of features as
-        `normalized` returns them."""
         latent = self.encoder(self._without_interactions(x) if self.training else x)
         if self.training and self.plain and has_kernel(latent.device, latent.dtype):
             from ops.triton.quantize import residual_quantize
 
             books = torch.stack([layer.embedding.weight for layer in self.layers]).float()
             beta = self.config["commitment_weight"]
-            total, sem_ids, quantize_loss = residual_quantize(latent.float().contiguous(), books, beta)
+            total, _, quantize_loss = residual_quantize(latent.float().contiguous(), books, beta)
         else:
             codes = self.quantize(latent, temperature)
-            total, sem_ids, quantize_loss = codes.embeddings.sum(-1), codes.sem_ids, codes.quantize_loss
-        return reconstruction_loss(self.decoder(total), x, self.n_cat_features), quantize_loss, sem_ids
+            total, quantize_loss = codes.embeddings.sum(-1), codes.quantize_loss
+        reconstruction = reconstruction_loss(self.decoder(total), x, self.n_cat_features).mean()
+        quantization = quantize_loss.mean()
+        return RqVaeLosses(reconstruction + quantization, reconstruction, quantization)
 
     def _without_interactions(self, x: Tensor) -> Tensor:
         """Normalized features [B, input_dim]: rows drawn anew have the mean in place of what interactions say."""
@@ -256,12 +207,11 @@ class RqVae(nn.Module):
     @torch.no_grad()
     def losses(self, x: Tensor, batch_size: int = 8192) -> dict[str, float]:
         """Mean losses over a whole catalogue x [N, input_dim], in inference mode."""
-        totals = torch.zeros(3, dtype=torch.float64)
-        with _inference(self):
-            for chunk in stream(x, batch_size, self.device):
-                out = self(chunk)
-                parts = torch.stack([out.loss, out.reconstruction_loss, out.quantize_loss])
-                totals += parts.double().cpu() * len(chunk) / len(x)
+        totals, model = torch.zeros(3, dtype=torch.float64), copy.deepcopy(self).eval()
+        for chunk in stream(x, batch_size, self.device):
+            out = model(chunk)
+            parts = torch.stack([out.loss, out.reconstruction_loss, out.quantize_loss])
+            totals += parts.double().cpu() * len(chunk) / len(x)
         return dict(zip(("loss", "reconstruction_loss", "quantize_loss"), totals.tolist(), strict=True))
 
     @property
@@ -288,11 +238,13 @@ class RqVae(nn.Module):
         """
         path = resolve(path, revision)
         config, weights = read_checkpoint(path, allow_pickle) if path.is_file() else load_pretrained(path)
-        if is_legacy(config):
+        if "activation" not in config:  # the original project's
             config = legacy_arguments(config, activation)
         elif activation not in (None, config["activation"]):
             raise ValueError(f"The tokenizer in {path} was trained with {config['activation']!r}, not {activation!r}.")
         try:
+            if (distance := config.pop("codebook_distance", "l2")) != "l2":  # which earlier versions had
+                raise ValueError(f"codebook_distance is {distance!r}, this code knows 'l2'")
             config["codebook_mode"] = QuantizeMode(config["codebook_mode"])
             model = RqVae(**config)
             model.load_state_dict(weights)
@@ -302,9 +254,7 @@ class RqVae(nn.Module):
 
     def push_to_hub(self, repo_id: str, private: bool = False) -> str:
         """Uploads config.json, model.safetensors and a card to a Hub repository, made if need be; returns its address.
-
-        A whole tokenizer folder, semantic IDs and all, goes up with `modules.pretrained.push_folder`.
-        """
+        A whole tokenizer folder, semantic IDs and all, goes up with `modules.pretrained.push_folder`."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             write_file(Path(folder) / CARD, tokenizer_card(self.config).encode())

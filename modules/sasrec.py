@@ -1,6 +1,7 @@
 """SASRec (Kang and McAuley 2018), the baseline of sequential recommendation, without padding."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from common.parameters import PositiveInt, ShareBelowOne, configurable
@@ -25,9 +26,10 @@ class Block(nn.Module):
 
     def forward(self, x: JaggedTensor) -> JaggedTensor:
         """values [T, dim] -> [T, dim]."""
-        packed = self.query_key_value(self.attention_norm(x.values)).view(-1, 3, self.n_heads, self.head_dim)
+        packed = self.query_key_value(self.attention_norm(x.values))
+        packed = rearrange(packed, "t (n h d) -> t n h d", n=3, h=self.n_heads)
         attended = jagged_attention(x.with_values(packed), causal=True, scale=self.head_dim**-0.5).values
-        hidden = x.values + self.dropout(self.out(attended.flatten(1)))
+        hidden = x.values + self.dropout(self.out(rearrange(attended, "t h d -> t (h d)")))
         return x.with_values(hidden + self.dropout(self.ff(self.ff_norm(hidden))))
 
 
@@ -39,7 +41,7 @@ class SasRec(nn.Module):
     2023), and positions are counted from the end of the history, so that the newest item always has the same one.
 
     n_items: N. max_items: longest history. dim: of the vectors and the residual stream. dropout: of the embeddings, of
-    every residual branch and of the feed-forward's hidden layer.
+    every residual branch and of the feed-forward's hidden layer. label_smoothing: as of `linear_cross_entropy`.
     vectors: [N, dim].
     """
 
@@ -51,6 +53,7 @@ class SasRec(nn.Module):
         n_layers: PositiveInt = 2,
         n_heads: PositiveInt = 2,
         dropout: ShareBelowOne = 0.5,
+        label_smoothing: ShareBelowOne = 0.0,
     ) -> None:
         super().__init__()
         if dim % n_heads:
@@ -59,7 +62,7 @@ class SasRec(nn.Module):
         self.positions = nn.Parameter(torch.empty(max_items, dim))  # row 0: of the newest item
         self.blocks = nn.ModuleList(Block(dim, n_heads, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.label_smoothing = nn.Dropout(dropout), label_smoothing
         nn.init.normal_(self.vectors, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 
@@ -75,11 +78,12 @@ class SasRec(nn.Module):
         return self.norm(x.values)
 
     def state(self, history: JaggedTensor) -> Tensor:
-        """What is known after the last item of each row: [B, dim]. Of an empty row it means nothing."""
+        """What is known after the last item of each row: [B, dim]. Undefined for empty rows."""
         return self.states(history)[history.offsets[1:] - 1]
 
     def forward(self, batch: SeqBatch) -> Tensor:
         """Mean over the targets of -log p(item), in nats: []. Every item of the histories has a target."""
         weights = batch.weights
         states = self.states(batch.history)
-        return linear_cross_entropy(states, self.vectors, batch.targets.values, weights) / weights.sum()
+        losses = linear_cross_entropy(states, self.vectors, batch.targets.values, weights, self.label_smoothing)
+        return losses / weights.sum()

@@ -50,9 +50,7 @@ class Tree:
     @staticmethod
     def build(codes: Tensor, level_sizes: tuple[int, ...] | None = None) -> "Tree":
         """codes: [N, L'] distinct rows; row n belongs to item n. level_sizes: codes of each level; None: those in use.
-
-        ValueError names two items with equal codes.
-        """
+        ValueError names two items with equal codes."""
         codes = codes.to(torch.int32)
         n_items, n_levels = codes.shape
         order = lexicographic_order(codes)
@@ -83,8 +81,10 @@ class Tree:
         return Tree(first_child, parent, code, first_leaf, order.to(torch.int32), item_nodes, fanout, sizes)
 
     def to(self, device: torch.device | str) -> "Tree":
-        lists = ([t.to(device) for t in ts] for ts in (self.first_child, self.parent, self.code, self.first_leaf))
-        return Tree(*lists, self.leaf_items.to(device), self.item_nodes.to(device), self.fanout, self.level_sizes)
+        lists = (self.first_child, self.parent, self.code, self.first_leaf)
+        first_child, parent, code, first_leaf = ([tensor.to(device) for tensor in each] for each in lists)
+        rest = self.leaf_items.to(device), self.item_nodes.to(device), self.fanout, self.level_sizes
+        return Tree(first_child, parent, code, first_leaf, *rest)
 
     @property
     def digest(self) -> str:
@@ -117,7 +117,7 @@ class Tree:
 
 def lexicographic_order(codes: Tensor) -> Tensor:
     """Row numbers in the order of the rows, equal rows in their own order: one stable sort if a row fits in 63 bits,
-    else one a level.
+    else one per level.
 
     Shape: codes [N, L] non-negative integers -> [N] int64.
     """

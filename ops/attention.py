@@ -15,13 +15,9 @@ MAX_HEAD_DIM = 128  # of the kernel
 
 
 def jagged_attention(
-    query: JaggedTensor,
-    memory: JaggedTensor | None = None,
-    bias: Tensor | None = None,
-    key_limits: Tensor | None = None,
-    causal: bool = False,
-    scale: float = 1.0,
-) -> JaggedTensor:
+    query: JaggedTensor, memory: JaggedTensor | None = None, bias: Tensor | None = None,
+    key_limits: Tensor | None = None, causal: bool = False, scale: float = 1.0,
+) -> JaggedTensor:  # fmt: skip
     """Scaled dot-product attention in which the queries of row b see the keys of row b only.
 
     out[i] = sum_j softmax_j(scale * q[i].k[j] + bias[h, clamp(j - place[i], -R, R) + R]) v[j]
@@ -49,17 +45,9 @@ def jagged_attention(
 
 
 def reference_attention(
-    query: Tensor,
-    memory: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    max_query: int,
-    max_key: int,
-    bias: Tensor | None = None,
-    key_limits: Tensor | None = None,
-    causal: bool = False,
-    scale: float = 1.0,
-) -> Tensor:
+    query: Tensor, memory: Tensor | None, query_offsets: Tensor, key_offsets: Tensor, max_query: int, max_key: int,
+    bias: Tensor | None = None, key_limits: Tensor | None = None, causal: bool = False, scale: float = 1.0,
+) -> Tensor:  # fmt: skip
     """The twin of the kernel; see `jagged_attention`."""
     query, key, value = query.unbind(1) if memory is None else (query, *memory.unbind(1))
     rows = len(query_offsets) - 1
@@ -90,18 +78,9 @@ def _select_rows(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _padded_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    max_query: int,
-    max_key: int,
-    bias: Tensor | None,
-    key_limits: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, query_offsets: Tensor, key_offsets: Tensor, max_query: int, max_key: int,
+    bias: Tensor | None, key_limits: Tensor | None, causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
     max_key = max(max_key, 1)  # so that the scores have a maximum where all rows are empty
     q = rearrange(jagged_to_padded(query, query_offsets, max_query), "b q h d -> b h q d")
     k, v = (rearrange(jagged_to_padded(t, key_offsets, max_key), "b k h d -> b h k d") for t in (key, value))

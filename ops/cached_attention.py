@@ -1,4 +1,4 @@
-"""Attention to tokens decoded before, for one new token a sequence: contract, twin, and the choice of the kernel."""
+"""Attention to tokens decoded before, for one new token per sequence: contract, twin, and the choice of the kernel."""
 
 import torch
 from torch import Tensor

@@ -38,12 +38,7 @@ class Seen:
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    vectors: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    smoothing: float = 0.0,
-    seen: Seen | None = None,
+    x: Tensor, vectors: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0, seen: Seen | None = None
 ) -> Tensor:
     """sum over p of weights[p] * ((1 - smoothing) * l[p, targets[p]] + smoothing * mean over n of l[p, n]),
     l[p, n] = -log of the softmax over n of x[p].vectors[n] + (seen.bias where target p has seen n, else 0).
@@ -66,9 +61,9 @@ def linear_cross_entropy(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, bias, x, vectors, targets, weights, *others):
+    def forward(ctx, bias, x, vectors, targets, weights, smoothing, seen, dtype):
         """bias: that of the seen items once more, since autograd looks for tensors among the arguments alone."""
-        loss, *gradients = _chunked(x, vectors, targets, weights, *others, gradients=True)
+        loss, *gradients = _chunked(x, vectors, targets, weights, smoothing, seen, dtype, gradients=True)
         ctx.dtypes = x.dtype, vectors.dtype
         ctx.save_for_backward(*gradients, weights, bias)
         return loss
@@ -83,15 +78,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunked(
-    x: Tensor,
-    vectors: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-    smoothing: float,
-    seen: Seen | None,
-    dtype: torch.dtype,
-    gradients: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, vectors: Tensor, targets: Tensor, weights: Tensor, smoothing: float, seen: Seen | None,
+    dtype: torch.dtype, gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [], its gradients of x [P, d], not yet multiplied by weights, in `dtype`, of vectors [N, d], in float32
     or wider, and of the bias []; they are meaningless where no gradients are wanted."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -159,18 +148,3 @@ def _pairs(seen: Seen) -> tuple[Tensor, Tensor]:
     rows = row_indices(offsets, int(offsets[-1]))
     items = seen.items[(seen.first - offsets[:-1])[rows] + torch.arange(len(rows), device=rows.device)].long()
     return rows[items >= 0], items[items >= 0]
-
-
-def sampled_losses(own: Tensor, others: Tensor, log_expected: Tensor, left_out: Tensor) -> Tensor:
-    """-log of a softmax of which some logits are known: its own, and those of a sample of the others.
-
-    loss[p] = log(exp(own[p]) + sum over s of exp(others[p, s]) / expected[p, s]) - own[p], s not left out, where
-    expected is how often the sample was to hold that other: the sum estimates that over all others without bias
-    (Bengio and Senecal 2008; Yi et al. 2019, equation 3, where the own logit is no part of the sample).
-
-    Shape: own [P], others [P, S], log_expected and left_out broadcast to it -> [P], in float32 or wider.
-    """
-    dtype = torch.promote_types(own.dtype, torch.float32)
-    logits = (others.to(dtype) - log_expected.to(dtype)).masked_fill(left_out, float("-inf"))
-    own = own.to(dtype)
-    return torch.cat([own[:, None], logits], 1).logsumexp(1) - own

@@ -43,10 +43,8 @@ def sum_rows(table: Tensor, sums: RowSums) -> Tensor:
 
 
 def take_rows(table: Tensor, index: Tensor) -> Tensor:
-    """out[t] = table[index[t]]; its gradient is added as that of `sum_rows`, however often a row is taken.
-
-    Shape: table [R, d], index [T] integers -> [T, d], in the dtype of the table.
-    """
+    """out[t] = table[index[t]]; its gradient is added as that of `sum_rows`, however often a row is taken. Shape: table
+    [R, d], index [T] integers -> [T, d], in the dtype of the table."""
     return _sum(table, index[:, None], None, None, table.dtype)
 
 

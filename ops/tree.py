@@ -128,16 +128,16 @@ class _ChildLogits(torch.autograd.Function):
         ctx.pairs = lengths_to_offsets(counts), (first[:, None] + place)[exists], (len(query), len(vectors))
         ctx.save_for_backward(query, vectors, exists)
         none = query.new_zeros(len(ctx.pairs[1]))
-        logits = torch.sparse.sampled_addmm(_sparse(*ctx.pairs, none), query, vectors.T).values()
+        logits = torch.sparse.sampled_addmm(_sparse(none, *ctx.pairs), query, vectors.T).values()
         return query.new_full(exists.shape, float("-inf")).masked_scatter(exists, logits)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, vectors, exists = ctx.saved_tensors
-        weights = _sparse(*ctx.pairs, grad[exists])
+        weights = _sparse(grad[exists], *ctx.pairs)
         return weights @ vectors, weights.t() @ query, None, None, None
 
 
-def _sparse(offsets: Tensor, columns: Tensor, shape: tuple[int, int], values: Tensor) -> Tensor:
+def _sparse(values: Tensor, offsets: Tensor, columns: Tensor, shape: tuple[int, int]) -> Tensor:
     with warnings.catch_warnings(action="ignore"):  # that sparse tensors may still change
         return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)

@@ -58,5 +58,16 @@ def test_an_item_is_shown_with_its_neighbours(trained, inspect):
     shared = {row[2]: int(row[0]) for row in rows}
     same = (ids.codes == own).long().cumprod(1).sum(1).tolist()
     assert shared == {key: n for key, n in zip(ids.item_keys, same, strict=True) if n and key != "item03"}
-    with pytest.raises(SystemExit, match="--item nothing: there is no such key"):
-        inspect(trained / "out" / "decoder", "--item", "nothing")
+
+
+def test_bad_input_is_one_line(trained, inspect, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for arguments, status, message in (
+        (["--item", "nothing"], 1, "error: --item nothing: there is no such key"),
+        (["--item", "item03", "--k", 0], 1, "error: --k 0 must be 1 or more."),
+        (["--out", tmp_path / "file"], 1, f"error: {tmp_path}/file: there is a file where a folder must be"),
+        (["--histories", "h.csv"], 2, "--histories are for the page: give --out"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            inspect(trained / "out" / "decoder", *arguments)
+        assert ended.value.code == status and message in capsys.readouterr().err.splitlines()[-1]

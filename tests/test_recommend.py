@@ -110,6 +110,7 @@ def test_a_missing_damaged_or_foreign_file_is_named(pipeline, tmp_path):
     for content, message in (
         (json.dumps(header | {"format": "pipeline-9"}), "has the format 'pipeline-9', this code reads 'pipeline-1'"),
         (json.dumps(header | {"files": {"../other": "0"}}), "does not name the files"),
+        (json.dumps(header | {"max_items": -3}), "pipeline.json is damaged"),
         ("[", "pipeline.json is damaged"),
     ):
         (folder / "pipeline.json").write_text(content)
@@ -230,12 +231,17 @@ def test_typed_items_print_titles(pipeline, script):
 
 
 def test_bad_input_is_one_line(pipeline, tmp_path, script):
-    histories = write_histories(tmp_path, "lists .csv")
+    histories, none = write_histories(tmp_path, "lists .csv"), tmp_path / "none.csv"
     for arguments, message in (
         ([tmp_path / "none", "--items", "1"], "no file or folder"),
-        ([pipeline, "--histories", tmp_path / "none.csv", "--out", tmp_path / "o.csv"], "none.csv is missing"),
+        ([pipeline, "--histories", none, "--out", tmp_path / "o.csv"], f"error: {none} is missing"),
         ([pipeline, "--histories", histories, "--out", tmp_path / "o.doc"], "o.doc: the file name must end"),
         ([pipeline, "--histories", histories, "--out", tmp_path / "o.csv", "--users", "z"], "None of the users"),
+        ([pipeline, "--histories", histories, "--out", histories], "would take the place of the histories"),
+        ([pipeline, "--histories", histories, "--out", histories / "o.csv"], f"{histories}: there is a file where a"),
+        ([pipeline, "--items", "1", "--k", "0"], "k = 0 must be 1 or more."),
+        ([pipeline, "--items", "1", "--cold-bonus", "nan"], "cold_bonus = nan must be finite."),
+        ([pipeline, "--items", "1", "--allow", tmp_path], "is neither a file nor a predicate"),
     ):
         status, _, error = script(*arguments)
         assert status == 1 and error.startswith("error: ") and message in error and error.count("\n") == 1

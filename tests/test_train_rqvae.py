@@ -97,7 +97,7 @@ def test_the_weights_are_those_of_a_loop_written_out(trained, tmp_path, micro_st
 @pytest.mark.parametrize(
     "binding",
     [f"codebook_mode = %modules.quantize.QuantizeMode.{mode.name}" for mode in QuantizeMode]
-    + ['codebook_distance = "cosine"', "codebook_sim_vq = True", 'codebook_update = "ema"'],
+    + ["codebook_sim_vq = True", 'codebook_update = "ema"'],
 )
 def test_every_mode_trains_and_leaves_no_code_unused(trained, tmp_path, binding):
     extra = ["RqVae.codebook_mode = %modules.quantize.QuantizeMode.STE"] if "ema" in binding else []

@@ -15,13 +15,13 @@ from tests.pipeline import N_ITEMS
 def script(monkeypatch, capsys):
     """Runs update_catalogue.py in this process: exit status or message, standard output."""
 
-    def run(*arguments) -> tuple[object, str]:
+    def run(*arguments) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["update_catalogue.py", *map(str, arguments)])
         try:
             status = update_catalogue.main()
         except SystemExit as end:
             status = end.code
-        return status, capsys.readouterr().out
+        return status, *capsys.readouterr()
 
     return run
 
@@ -36,7 +36,7 @@ def test_items_come_and_go(suffix, trained, tmp_path, script):
         getattr(pl.DataFrame(rows), f"write_{suffix[1:]}")(items)
     gone.write_text("item04\n\nitem29\n")
     columns = ["--key", "sku", "--text", "name", "colour", "--categories", "colour"]
-    status, printed = script(trained / "out" / "decoder", "--add", items, "--remove", gone, "--out", out, *columns)
+    status, printed, _ = script(trained / "out" / "decoder", "--add", items, "--remove", gone, "--out", out, *columns)
     assert status is None, status
     assert printed == f"{N_ITEMS} items - 2 + 2 = {N_ITEMS} -> {out}\n"
     [found] = Recommender.from_pretrained(out).recommend([["item01", "901"]], k=N_ITEMS, exclude_seen=False)
@@ -56,7 +56,7 @@ def test_bad_input_is_one_line(trained, tmp_path, script):
         (["--remove", tmp_path / "none.txt", "--out", tmp_path / "new"], "none.txt is missing"),
         (["--add", items, "--out", tmp_path], "is there already: name a new folder"),
     ):
-        status, _ = script(pipeline, *arguments)
-        assert status.startswith("error: ") and message in status and "\n" not in status
+        status, _, error = script(pipeline, *arguments)
+        assert status == 1 and error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
     assert script(pipeline, "--out", tmp_path / "new")[0] == 2

@@ -22,10 +22,8 @@ from training.schedule import due, warmup_cosine
 
 
 def baseline_ranks(source: SequenceSource, train_lengths: Tensor, n_items: int) -> dict[str, dict[str, Tensor]]:
-    """Exact ranks of the targets: {"most_popular": {"all": [S] int64, "new": [S] int64}, "transition": ..}.
-
-    source: one target a sample. train_lengths: [U] int64, how many leading interactions of each user are training data.
-    """
+    """Exact ranks of the targets: {"most_popular": {"all": [S] int64, "new": [S] int64}, "transition": ..}. source: one
+    target a sample. train_lengths: [U] int64, how many leading interactions of each user are training data."""
     result = {}
     for name, kind in (("most_popular", MostPopular), ("transition", Transition)):
         baseline = kind(source.interactions, train_lengths, n_items)
@@ -35,6 +33,7 @@ def baseline_ranks(source: SequenceSource, train_lengths: Tensor, n_items: int) 
 
 def _batch_ranks(baseline: MostPopular | Transition, batch: SeqBatch, n_items: int) -> tuple[Tensor, Tensor]:
     """Ranks under "all" and "new", 2 x [B] int64 on the CPU."""
+    assert batch.consumed is not None
     history, targets = batch.history, batch.targets.values.cpu()
     last = history.values[history.offsets[1:] - 1].cpu()
     ranks = baseline.places(last, targets)
@@ -47,15 +46,14 @@ def _batch_ranks(baseline: MostPopular | Transition, batch: SeqBatch, n_items: i
 
 @torch.no_grad()
 def sasrec_ranks(model: SasRec, source: SequenceSource, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Exact ranks of the targets: {"all": [S] int64, "new": [S] int64}, on the CPU. source: one target a sample.
-
-    Scores are float32, since equal ones count against the target.
-    """
+    """Exact ranks of the targets: {"all": [S] int64, "new": [S] int64}, on the CPU. source: one target a sample. Scores
+    are float32, since equal ones count against the target."""
     model.eval()
     parts = []
     for batch in source.in_order(512):
         with accelerator.autocast():
             states = model.state(batch.history)
+        assert batch.consumed is not None
         parts.append(exact_ranks(states.float() @ model.vectors.T, batch.targets.values, batch.consumed))
     model.train()
     return _joined(parts)

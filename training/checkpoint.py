@@ -1,7 +1,7 @@
-"""Checkpoints: a folder a step, written aside and renamed, with checksums, nothing in it a pickle."""
+"""Checkpoints: a folder per step, written aside and renamed, with checksums, nothing in it a pickle."""
 
-import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.files import flush, folder_aside, write_file
-from modules.pretrained import to_cpu
-from training.report import warn
+from common.files import file_sha256, flush, folder_aside, write_file
+from modules.pretrained import write_tensors
 
+logger = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 
 
@@ -39,29 +39,29 @@ class Checkpoints:
     folder: Path
     keep: int = 3
 
-    def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict, best: bool = False
-    ) -> None:
-        """state: whatever JSON the training needs to go on. best: later ones, too, name this one as the best.
+    def save(self, step: int, model: nn.Module, optimizer: dict, state: dict, best: bool = False) -> None:
+        """optimizer: its `state_dict`. state: whatever JSON the training needs to go on. best: later ones, too, name
+        this one as the best.
 
         Raises OSError where the disk is full or fails; the checkpoints before stay as they are.
         """
         best_path = self.marked("BEST")
         best_step = step if best else _step(best_path) if best_path else None
-        moments, groups = _flatten(optimizer.state_dict())
-        state = {"step": step, "best_step": best_step, **state, "param_groups": groups}
-        contents = {
-            MODEL: save(to_cpu(model.state_dict())),
-            OPTIMIZER: save(moments),
-            STATE: (json.dumps(state, indent=2) + "\n").encode(),
+        moments = {
+            f"{number}.{name}": torch.as_tensor(value)
+            for number, own in optimizer["state"].items()
+            for name, value in own.items()
         }
-        sums = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()]
+        state = {"step": step, "best_step": best_step, **state, "param_groups": optimizer["param_groups"]}
 
         self._clear()
         path = self._path(step)
         with folder_aside(path) as part:  # in place of one of the step, if that was damaged
-            for name, content in {**contents, SUMS: "".join(sums).encode()}.items():
-                write_file(part / name, content)
+            write_tensors(part / MODEL, model.state_dict())
+            write_tensors(part / OPTIMIZER, moments)
+            write_file(part / STATE, (json.dumps(state, indent=2) + "\n").encode())
+            sums = [f"{file_sha256(part / name)}  {name}\n" for name in (MODEL, OPTIMIZER, STATE)]
+            write_file(part / SUMS, "".join(sums).encode())
         self.mark(path, best_step)
         flush(self.folder)
         self._remove_old(step)
@@ -82,16 +82,14 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole, with a warning where newer ones are not; None where there are none.
-
-        Raises ValueError where all are damaged.
-        """
+        Raises ValueError where all are damaged."""
         paths = sorted(self.folder.glob("step_*"), reverse=True)
-        problems = []
+        problems: list[str] = []
         for path in paths:
             problem = damage(path)
             if problem is None:
                 for line in problems:
-                    warn(f"{line}; going on from {path.name}, the one before.")
+                    logger.warning(f"{line}; going on from {path.name}, the one before.")
                 return path
             problems.append(problem)
         if problems:
@@ -99,15 +97,13 @@ class Checkpoints:
         return None
 
     def resume(self, path: Path) -> CheckpointData:
-        """Reads a checkpoint to go on from, and makes LAST and BEST those of its time.
-
-        A best checkpoint that is damaged or gone is forgotten, with a warning: best_step None, best {}.
-        """
+        """Reads a checkpoint to go on from, and makes LAST and BEST those of its time. A best checkpoint that is
+        damaged or gone is forgotten, with a warning: best_step None, best {}."""
         content = load(path)
         best_step = content.state["best_step"]
         problem = None if best_step is None else damage(self._path(best_step))
         if problem is not None:
-            warn(f"{problem}; it was the best one, which is now chosen among the evaluations to come.")
+            logger.warning(f"{problem}; it was the best one, which is now chosen among the evaluations to come.")
             best_step = None
             content.state.update(best_step=None, best={})
         self.mark(path, best_step)
@@ -129,20 +125,15 @@ class Checkpoints:
     def _remove_old(self, step: int) -> None:
         """Of the checkpoints up to `step` the newest and their best ones stay; later ones were damaged."""
         paths = {_step(path): path for path in self.folder.glob("step_*")}
-        kept = sorted(number for number in paths if number <= step)[-self.keep :]
-        kept += [_best_step(paths[number]) for number in kept]
+        newest = sorted(number for number in paths if number <= step)[-self.keep :]
+        kept = {*newest, *(_best_step(paths[number]) for number in newest)}
         for number, path in paths.items():
-            if number not in kept:
-                self._remove(path)
-
-    def _remove(self, path: Path) -> None:
-        """First the name, so that no folder of that name is ever half there."""
-        aside = path.with_name(f".removed_{path.name}")
-        os.rename(path, aside)
-        shutil.rmtree(aside)
+            if number not in kept:  # first the name goes, so that no folder of that name is ever half there
+                os.rename(path, path.with_name(f".removed_{path.name}"))
+        self._clear()
 
     def _clear(self) -> None:
-        """What a process that was killed left aside."""
+        """Deletes what is removed, and what a process that was killed left aside."""
         for path in [*self.folder.glob(".step_*"), *self.folder.glob(".removed_*")]:
             shutil.rmtree(path)
 
@@ -153,8 +144,7 @@ def damage(path: Path) -> str | None:
         written = (path / SUMS).read_bytes()
         sums = []
         for name in (MODEL, OPTIMIZER, STATE):
-            with open(path / name, "rb") as file:
-                sums.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n".encode())
+            sums.append(f"{file_sha256(path / name)}  {name}\n".encode())
             if sums[-1] not in written:
                 return f"Checkpoint {path} is damaged ({name} does not have the checksum in {SUMS})"
     except OSError as error:
@@ -165,11 +155,6 @@ def damage(path: Path) -> str | None:
 def load(path: Path) -> CheckpointData:
     """Reads a checkpoint, onto the CPU."""
     return CheckpointData(load_file(path / MODEL), load_file(path / OPTIMIZER), json.loads((path / STATE).read_text()))
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Reads the model's weights alone, onto the CPU."""
-    return load_file(path / MODEL)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, content: CheckpointData) -> None:
@@ -187,15 +172,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, content: CheckpointData) ->
         number, name = key.split(".", 1)
         moments.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": content.state["param_groups"]})
-
-
-def _flatten(state: dict) -> tuple[dict[str, Tensor], list[dict]]:
-    tensors = {
-        f"{number}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for number, moments in state["state"].items()
-        for name, value in moments.items()
-    }
-    return tensors, state["param_groups"]
 
 
 def _step(path: Path) -> int:

@@ -1,7 +1,9 @@
-"""Several processes: how they start, what the main process sends to the others, and the update of the weights."""
+"""Several processes: how they start, and what the main process sends to the others."""
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import Timer
@@ -19,9 +21,11 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from training.checkpoint import CheckpointData
-from training.report import warn
 
+logger = logging.getLogger(__name__)
 PROCESS_TIMEOUT = timedelta(hours=2)  # how long processes wait for one that prepares the data, or writes to a slow disk
+ADVICE = "For a run of one process unset RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR, which something has set."
+FLAG = "1|0|y|n|t|f|yes|no|true|false|on|off"
 SILENCE = 10.0  # seconds in which nothing is said
 SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]  # of the launchers, and of MPI's
 RANKS = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
@@ -30,10 +34,9 @@ LOCAL_SIZES = ["LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZ
 
 def start(amp: bool = False, mixed_precision_type: str = "no", cpu: bool = False) -> Accelerator:
     """Joins the processes of the launch, whatever started them: each on a CUDA GPU of its own, or all on the CPU.
-
     mixed_precision_type: "fp16", "bf16", if amp. cpu: even where there is a GPU. Raises ValueError or ConnectionError
-    where not all processes can take part, or the CPU is asked for fp16.
-    """
+    where not all processes can take part, or the CPU is asked for fp16."""
+    _check_environment()
     cpu = cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()  # never Apple's mps
     if amp and mixed_precision_type == "fp16" and cpu:
         raise ValueError('train.mixed_precision_type = "fp16" needs a GPU: set it to "bf16", or train.amp = False.')
@@ -55,30 +58,42 @@ def start(amp: bool = False, mixed_precision_type: str = "no", cpu: bool = False
     return accelerator
 
 
+def _check_environment() -> None:
+    """ValueError that names a variable of the launcher with a value that can't be."""
+    for name in {*SIZES, *RANKS, *LOCAL_SIZES, "LOCAL_RANK", "MASTER_PORT", "ACCELERATE_USE_CPU"} & os.environ.keys():
+        if not re.fullmatch(FLAG if name == "ACCELERATE_USE_CPU" else r"-?\d+", value := os.environ[name], re.I):
+            rule = "true or false" if name == "ACCELERATE_USE_CPU" else "a whole number"
+            raise ValueError(f"The environment has {name} = {value!r}, which must be {rule}: set it so, or unset it.")
+    rank, size = get_int_from_env(RANKS, 0), get_int_from_env(SIZES, 1)
+    if rank >= size > 1:
+        raise ValueError(f"The environment is of process {rank} of {size}, which are counted from 0. {ADVICE}")
+
+
 @contextmanager
 def _named_wait(expected: int) -> Iterator[None]:
     """Says what this process waits for, if the others don't come soon. expected: how many there are in all."""
     address = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    advice = "For a run of one process unset RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR, which something has set."
     rank = get_int_from_env(RANKS, 0)
-    waiting = Timer(SILENCE, warn, [f"process {rank} waits at {address} for all {expected} to come. {advice}"])
+    message = f"process {rank} waits at {address} for all {expected} to come. {ADVICE}"
+    waiting = Timer(SILENCE, logger.warning, [message])
     waiting.daemon = True
     if expected > 1:
         waiting.start()
     try:
         yield
-    except torch.distributed.DistError as error:
+    except (torch.distributed.DistError, ValueError, ImportError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConnectionError(f"Process {rank} of {expected} can't join at {address} ({reason}). {advice}") from error
+        if expected == 1:
+            rule = "unset what asks for it, LOCAL_RANK or a variable ACCELERATE_..."
+            raise ValueError(f"Accelerate can't start as the environment says ({reason}): {rule}") from error
+        raise ConnectionError(f"Process {rank} of {expected} can't join at {address} ({reason}). {ADVICE}") from error
     finally:
         waiting.cancel()
 
 
 def end(accelerator: Accelerator) -> None:
-    """Leaves the processes of the launch once all have come here: its launcher ends all when one has ended.
-
-    The barrier also lets gloo's threads finish with the interpreter, which destroying the group would wait for.
-    """
+    """Leaves the processes of the launch once all have come here: its launcher ends all when one has ended. The barrier
+    also lets gloo's threads finish with the interpreter, which destroying the group would wait for."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -91,7 +106,7 @@ def from_main(value: Any) -> Any:
 def tensors_from_main(tensors: dict[str, Tensor] | None, accelerator: Accelerator) -> dict[str, Tensor]:
     """The main process's tensors, on every process; the other processes give None."""
     if accelerator.num_processes == 1:
-        return tensors
+        return tensors or {}
     layout = from_main({name: (tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()})
     result = {}
     for name, (shape, dtype) in layout.items():
@@ -113,27 +128,3 @@ def weights_from_main(model: nn.Module) -> None:
     """Gives the model of every process the main one's weights and saved buffers, in place."""
     for tensor in model.state_dict().values():
         broadcast(tensor)
-
-
-def update(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float, accelerator: Accelerator
-) -> Tensor:
-    """Sums the gradients over all processes, clips them, makes the optimizer's step, and clears them.
-
-    Returns the norm before clipping, []. In fp16 a step whose gradient is not finite is left out.
-    """
-    scaler = accelerator.scaler
-    if accelerator.num_processes > 1:  # not by hooks in the backward pass, so that each process can replay its own
-        for p in parameters:
-            if p.grad is not None:
-                torch.distributed.all_reduce(p.grad)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    if scaler is None:  # accelerate's own optimizer looks for packages in each step, which takes longer than a step
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad()
-    return norm

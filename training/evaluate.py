@@ -1,13 +1,16 @@
 """Evaluation of a retriever: the rank of every user's target, among all items and among those not yet consumed."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from common.schemas import RankedItems, SeqBatch
 from data.batches import SequenceSource, first_occurrences
+from modules.embedding import Vectors
 from modules.generation.beam_search import Candidates, beam_search, whole_catalogue
-from modules.model import EncoderDecoderRetrievalModel, Vectors
+from modules.model import EncoderDecoderRetrievalModel
 from modules.serving.recommender import MAX_EXACT
 from ops.jagged import JaggedTensor
 from training.metrics import CHOSEN, PROTOCOLS, exact_ranks, ranking_metrics
@@ -40,8 +43,8 @@ class Evaluation:
         if not exact and "tree" not in model.heads:
             raise ValueError("train.exact = False searches the tree, which a model with tree_loss = 0 has no head for.")
         self.model, self.beams, self.exact, self.batch_size = model, beams, exact, batch_size
-        self.shares = {("tree",): SHARES[:1], ("items",): SHARES[-1:]}.get(model.heads, SHARES)
-        self._accelerator, self._vectors = accelerator, None
+        self.shares = SHARES if len(model.heads) == 2 else SHARES[:1] if "tree" in model.heads else SHARES[-1:]
+        self._accelerator, self._vectors = accelerator, Vectors(None, [])  # none yet
         self._loss = Replay(self._batch_loss, [], accelerator.device, recorded)
         self._ranks = Replay(self._exact_ranks if exact else self._beam_ranks, [], accelerator.device, recorded)
         self._recorded = recorded
@@ -60,15 +63,24 @@ class Evaluation:
     def ranks(self, source: SequenceSource) -> Tensor:
         """Of each sample's target, from 0, for each of `shares` and of `PROTOCOLS`: [shares, 2, S] int64, on the CPU;
         N where it is not among the candidates, or consumed and thus no candidate."""
-        self._prepare()
-        ranks = torch.zeros(len(self.shares), 2, len(source), dtype=torch.int64, device=self._accelerator.device)
-        for start, batch in self._batches(source):
+
+        def found(batch: SeqBatch) -> Tensor:
             inputs = *_flat(batch.history), batch.targets.values, *_flat(batch.consumed)
-            found = self._ranks(batch.history.max_length, *inputs)
+            return self._ranks(batch.history.max_length, *inputs)
+
+        return self._of_samples(source, (len(self.shares), 2), found)
+
+    def _of_samples(
+        self, source: SequenceSource, shape: tuple[int, ...], found: Callable[[SeqBatch], Tensor]
+    ) -> Tensor:
+        """What `found` says of the samples of each batch, [*shape, B] int64: [*shape, S], on the CPU."""
+        self._prepare()
+        result = torch.zeros(*shape, len(source), dtype=torch.int64, device=self._accelerator.device)
+        for start, batch in self._batches(source):
             count = min(self.batch_size, len(source) - start)
-            ranks[:, :, start : start + count] = found[:, :, :count]
+            result[..., start : start + count] = found(batch)[..., :count]
         self.model.train()
-        return self._accelerator.reduce(ranks, "sum").cpu()
+        return self._accelerator.reduce(result, "sum").cpu()
 
     def rows(self, source: SequenceSource) -> dict[str, dict[str, Tensor]]:
         """Ranks by each head and by both, as the model weighs them: {"tree": {"all": [S] int64, "new": ..}, ..}; what
@@ -102,30 +114,22 @@ class Evaluation:
 
     def lists(self, source: SequenceSource, k: int, new: bool) -> Tensor:
         """The k best items of each sample by both heads: [S, k] int64, on the CPU, -1 where there are fewer."""
-        self._prepare()
-        lists = torch.zeros(len(source), k, dtype=torch.int64, device=self._accelerator.device)
-        for start, batch in self._batches(source):
-            with self._accelerator.autocast():
-                ranked = self.best(batch, k, new)
-            count = min(self.batch_size, len(source) - start)
-            lists[start : start + count] = ranked.items[:count]
-        self.model.train()
-        return self._accelerator.reduce(lists, "sum").cpu()
+        return self._of_samples(source, (k,), lambda batch: self.best(batch, k, new).items.T).T
 
     @torch.no_grad()
     def best(self, batch: SeqBatch, k: int, new: bool) -> RankedItems:
-        """The k best items of each user; new: of those not consumed. To be called under autocast."""
-        inputs = self.model, batch.history, self._vectors
-        consumed = batch.consumed, new
-        found = whole_catalogue(*inputs, *consumed) if self.exact else beam_search(*inputs, self.beams, *consumed)
-        return found.best(self.model.item_share, k)
+        """The k best items of each user; new: of those not consumed."""
+        inputs, consumed = (self.model, batch.history, self._vectors), (batch.consumed, new)
+        with self._accelerator.autocast():
+            found = whole_catalogue(*inputs, *consumed) if self.exact else beam_search(*inputs, self.beams, *consumed)
+            return found.best(self.model.item_share, k)
 
     def _prepare(self) -> None:
         """Puts the vectors of items and nodes as they are now where recordings read them."""
         self.model.eval()
         with torch.no_grad(), self._accelerator.autocast():
             vectors = self.model.vectors()
-        if self._vectors is None:
+        if not _tensors(self._vectors):
             self._vectors = vectors
             return
         for place, fresh in zip(_tensors(self._vectors), _tensors(vectors), strict=True):
@@ -143,8 +147,8 @@ class Evaluation:
     ) -> Tensor:
         """Sum of the losses of the users that count, and their number: [2] float64. consumed: values and offsets."""
         history, targets = JaggedTensor(items, offsets, longest), JaggedTensor.uniform(targets[:, None])
-        values, bounds = consumed
-        seen = bounds[:-1], bounds[1:], first_occurrences(JaggedTensor(values, bounds, len(values)))
+        before = _rows(*consumed)
+        seen = before.offsets[:-1], before.offsets[1:], first_occurrences(before)
         with self._accelerator.autocast():  # here, so that a recording holds its own casts of the weights
             loss = self.model(SeqBatch(offsets[:-1], history, targets, None, weights, seen)).loss
         count = weights.sum(dtype=torch.float64)
@@ -153,7 +157,7 @@ class Evaluation:
     @torch.no_grad()
     def _exact_ranks(self, longest: int, items: Tensor, offsets: Tensor, targets: Tensor, *consumed: Tensor) -> Tensor:
         """See `ranks`; consumed: values and offsets."""
-        history, left_out = JaggedTensor(items, offsets, longest), JaggedTensor(*consumed, len(consumed[0]))
+        history, left_out = JaggedTensor(items, offsets, longest), _rows(*consumed)
         with self._accelerator.autocast():
             found = whole_catalogue(self.model, history, self._vectors, left_out)
         ranks = [torch.stack(exact_ranks(found.scores(share), targets, left_out)) for share in self.shares]
@@ -162,7 +166,7 @@ class Evaluation:
     @torch.no_grad()
     def _beam_ranks(self, longest: int, items: Tensor, offsets: Tensor, targets: Tensor, *consumed: Tensor) -> Tensor:
         """See `ranks`; consumed: values and offsets."""
-        history, left_out = JaggedTensor(items, offsets, longest), JaggedTensor(*consumed, len(consumed[0]))
+        history, left_out = JaggedTensor(items, offsets, longest), _rows(*consumed)
         missing, ranks = self.model.tree.n_items, []
         for new in (False, True):
             with self._accelerator.autocast():
@@ -172,18 +176,21 @@ class Evaluation:
 
 
 def candidate_ranks(found: Candidates, share: float, targets: Tensor, missing: int) -> Tensor:
-    """Rank of each user's target among the candidates, after those of equal score; `missing` where it is none.
-
-    Shape: targets [B] -> [B] int64.
-    """
+    """Rank of each user's target among the candidates, after those of equal score; `missing` where it is none. Shape:
+    targets [B] -> [B] int64."""
     scores, hit = found.scores(share), found.items == targets[:, None]
     own = scores.masked_fill(~hit, float("-inf")).amax(1, keepdim=True)
     return torch.where(hit.any(1), (scores >= own).sum(1) - 1, missing)
 
 
-def _flat(rows: JaggedTensor) -> tuple[Tensor, Tensor]:
+def _flat(rows: JaggedTensor | None) -> tuple[Tensor, Tensor]:
+    assert rows is not None  # outside training a batch knows what was consumed
     return rows.values, rows.offsets
 
 
+def _rows(values: Tensor, offsets: Tensor) -> JaggedTensor:
+    return JaggedTensor(values, offsets, len(values))
+
+
 def _tensors(vectors: Vectors) -> list[Tensor]:
-    return vectors.nodes + ([vectors.items] if vectors.items is not None else [])
+    return [made for made in (*vectors.nodes, vectors.items) if made is not None]

@@ -3,7 +3,12 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class FlatParameters:
@@ -13,13 +18,21 @@ class FlatParameters:
     They can still be read, saved and loaded in place, but not moved or cast. A part without a gradient counts as one
     with gradient 0: unlike torch's, an optimizer's weight decay and momentum move it.
     parameters: those without `requires_grad` are left out; if none are left, `flat` is empty and gets no gradient.
-    flat: [sum of the sizes], on the device and in the dtype of the parameters, which must agree in both.
+    flat: [sum of the sizes, and zeros up to a multiple of n_shares], on the device and in the dtype of the parameters,
+    which must agree in both. n_shares: the processes of the launch. own: this process's stretch of `flat`, one of
+    n_shares of equal size, for an optimizer that updates no more than it; with one process `flat` itself.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._parts = [parameter for parameter in parameters if parameter.requires_grad]
+        self.n_shares, self._rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         values = [part.detach().flatten() for part in self._parts]
-        self.flat = nn.Parameter(torch.cat(values) if values else torch.empty(0))
+        self._size = sum(map(len, values))
+        values.append(values[0].new_zeros(-self._size % self.n_shares) if values else torch.empty(0))
+        self.flat = nn.Parameter(torch.cat(values))
+        self.own = self.flat
+        if self.n_shares > 1 and self._parts:
+            self.own = nn.Parameter(self.flat.detach().chunk(self.n_shares)[self._rank])
         for part, view in zip(self._parts, self._views(self.flat.detach()), strict=True):
             part.data = view
 
@@ -34,12 +47,38 @@ class FlatParameters:
             raise RuntimeError("The model was moved or cast after FlatParameters was made; make it after that.")
         gradients = [part.grad if part.grad is not None else torch.zeros_like(part) for part in self._parts]
         gradient = torch.empty_like(self.flat)
+        gradient[self._size :].zero_()
         torch._foreach_copy_(self._views(gradient), gradients)  # torch.cat took 145 us of a step of 3.4 ms
         self.flat.grad = gradient if self.flat.grad is None else self.flat.grad.add_(gradient)
         for part in self._parts:
             part.grad = None
 
+    def sum_grads(self) -> None:
+        """Gives `own` the sum of all processes' gradients of it; that of `flat` is cleared."""
+        if self.n_shares > 1 and self.flat.grad is not None:
+            self.own.grad = torch.empty_like(self.own)
+            reduce_scatter(self.own.grad, self.flat.grad)
+            self.flat.grad = None
+
+    def gather(self) -> None:
+        """Gives every process what the others' stretches are now."""
+        if self.n_shares > 1 and self._parts:
+            all_gather(self.flat.detach(), self.own.detach())
+
+    def whole(self, stretch: Tensor) -> Tensor:
+        """All processes' stretches, [sum of the sizes]: of what belongs to `own`, and has its shape."""
+        if self.n_shares == 1 or not self._parts:
+            return stretch
+        result = torch.empty_like(self.flat)
+        all_gather(result, stretch)
+        return result[: self._size]
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This process's stretch of what `whole` returned."""
+        padded = F.pad(whole, (0, len(self.flat) - self._size))
+        return padded.chunk(self.n_shares)[self._rank]
+
     def _views(self, flat: Tensor) -> list[Tensor]:
-        """The parts' places in a tensor [sum of the sizes]."""
-        stretches = flat.split([part.numel() for part in self._parts])
+        """The parts' places in a tensor as long as `flat`."""
+        stretches = flat[: self._size].split([part.numel() for part in self._parts])
         return [stretch.view_as(part) for stretch, part in zip(stretches, self._parts, strict=True)]

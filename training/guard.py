@@ -13,11 +13,8 @@ SHOWN = 10  # sample numbers in the message
 
 
 class NonFiniteGuard:
-    """Notices a non-finite loss in any step, but waits for the device only when asked to `check`.
-
-    A gradient that is not finite counts as well, except in fp16: there the scaler skips such a step and
-    lowers its scale.
-    """
+    """Notices a non-finite loss in any step, but waits for the device only when asked to `check`. A gradient that is
+    not finite counts as well, except in fp16: there the scaler skips such a step and lowers its scale."""
 
     def __init__(self, accelerator: Accelerator, shuffler: Shuffler, checkpoints: Checkpoints) -> None:
         self._accelerator, self._shuffler, self._checkpoints = accelerator, shuffler, checkpoints

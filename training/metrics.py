@@ -71,13 +71,11 @@ def gains(ranks: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
-    """{"recall@5": .., "ndcg@5": .., .., "mrr": ..}: means over the users. ranks: [S] int64.
-
-    mrr: of 1 / (rank + 1), 0 where the target is not within the first max(ks). ValueError where S = 0.
-    """
+    """{"recall@5": .., "ndcg@5": .., .., "mrr": ..}: means over the users. ranks: [S] int64. mrr: of 1 / (rank + 1), 0
+    where the target is not within the first max(ks). ValueError where S = 0."""
     if len(ranks) == 0:
         raise ValueError("No samples to evaluate: the split is empty.")
-    result = {}
+    result: dict[str, float] = {}
     for k in ks:
         recall, ndcg = gains(ranks, k)
         result |= {f"recall@{k}": float(recall.mean()), f"ndcg@{k}": float(ndcg.mean())}
@@ -86,10 +84,8 @@ def ranking_metrics(ranks: Tensor, ks: tuple[int, ...]) -> dict[str, float]:
 
 
 def breakdown(ranks: Tensor, groups: dict[str, Tensor], k: int) -> dict[str, dict[str, float]]:
-    """Each group's number of "users", "recall@k" and "ndcg@k". Groups without users are left out.
-
-    Shape: ranks [S] int64, groups [S] bool each.
-    """
+    """Each group's number of "users", "recall@k" and "ndcg@k". Groups without users are left out. Shape: ranks [S]
+    int64, groups [S] bool each."""
     result = {}
     for name, group in groups.items():
         recall, ndcg = (gain[group] for gain in gains(ranks, k))
@@ -109,9 +105,7 @@ def bins(values: Tensor, starts: tuple[int, ...]) -> dict[str, Tensor]:
 
 def task_groups(source: SequenceSource, train_lengths: Tensor, n_items: int) -> dict[str, dict[str, Tensor]]:
     """The users of a split by how often the target occurs in training, and by how many items they had consumed.
-
-    train_lengths: [U] int64, how many leading interactions of each user are training data. Groups as of `breakdown`.
-    """
+    train_lengths: [U] int64, how many leading interactions of each user are training data. Groups as of `breakdown`."""
     interactions, samples = source.interactions, source.samples
     items = interactions.items.long()
     counts = torch.bincount(items[in_training(interactions, train_lengths)], minlength=n_items)
@@ -134,7 +128,8 @@ def all_figures(
     """
     consumed = ranks["most_popular"]["new"] >= n_items
     unseen = groups["target_in_training"]["0"]
-    result = {"users": len(consumed), "unseen_targets": int(unseen.sum()), "consumed_targets": int(consumed.sum())}
+    result: dict[str, float] = {"users": len(consumed), "unseen_targets": int(unseen.sum())}
+    result["consumed_targets"] = int(consumed.sum())
     for row, protocols in ranks.items():
         for protocol, own in protocols.items():
             figures = ranking_metrics(own, ks)
@@ -188,11 +183,8 @@ def occurring(lists: Tensor, n_items: int) -> Tensor:
 
 
 def codebook_usage(codes: Tensor, codebook_size: int) -> dict[str, float]:
-    """Per level l (1-based): share of codes in use, and the perplexity of how often each is used.
-
-    Perplexity is exp(entropy): V where all V codes are used equally often, 1 where all items have one code.
-    codes: [N, L].
-    """
+    """Per level l (1-based): share of codes in use, and the perplexity of how often each is used. Perplexity is
+    exp(entropy): V where all V codes are used equally often, 1 where all items have one code. codes: [N, L]."""
     result = {}
     for level in range(codes.shape[1]):
         counts = torch.bincount(codes[:, level].cpu(), minlength=codebook_size).double()
@@ -211,10 +203,8 @@ def collisions(codes: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def neighbour_agreement(codes: Tensor, x: Tensor, k: int = 10, n_queries: int = 1000) -> dict[str, float]:
-    """neighbours_sharing_l: of each item's k nearest by cosine, the share with its first l codes.
-
-    Over `n_queries` items spread evenly over the catalogue. Shape: codes [N, L], x [N, D], N > 1.
-    """
+    """neighbours_sharing_l: of each item's k nearest by cosine, the share with its first l codes. Over `n_queries`
+    items spread evenly over the catalogue. Shape: codes [N, L], x [N, D], N > 1."""
     k = min(k, len(x) - 1)
     queries = torch.arange(0, len(x), max(1, len(x) // n_queries), device=x.device)[:n_queries]
     similarity = torch.full((len(queries), k), -2.0, device=x.device)

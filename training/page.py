@@ -83,7 +83,8 @@ def _tree(pipeline: Pipeline, meanings: dict[int, Code]) -> "go.Figure":
     root = (
         f"{len(rows):,} items" if len(rows) <= MAX_TILES else f"the {MAX_TILES:,} most popular of {len(rows):,} items"
     )
-    tiles, counts = {(): (root, None, root)}, defaultdict(list)  # label, parent, and what a tile says if pointed at
+    tiles: dict[tuple, tuple] = {(): (root, None, root)}  # label, parent, and what a tile says if pointed at
+    counts = defaultdict(list)
     for item in shown:
         row, parent = rows[item], ()
         counts[()].append(count := int(pipeline.counts[item]))

@@ -1,11 +1,14 @@
 """Pictures of a run, drawn from its metrics.jsonl into <run>/plots."""
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from training.run import step_of
 
 
 def tokenizer(root: Path) -> None:
@@ -27,8 +30,8 @@ def tokenizer(root: Path) -> None:
 
 
 def codes(root: Path, codes: Tensor, codebook_size: int, categories: list[list[str]], n_categories: int = 20) -> None:
-    """code_frequency.png: items of each code, most frequent first, a curve a level; categories.png: how the first level
-    divides the most frequent categories, and nothing where items have none.
+    """code_frequency.png: items of each code, most frequent first, a curve per level; categories.png: how the first
+    level divides the most frequent categories, and nothing where items have none.
 
     codes: [N, L]. categories: of each item. Categories of more than half of the items tell nothing and are left out.
     """
@@ -67,7 +70,9 @@ def retriever_panels(root: Path) -> list[tuple[str, list[dict], list[str]]]:
 
 
 def _rows(root: Path) -> list[dict]:
-    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    """Of metrics.jsonl, without what a crash has cut."""
+    lines = (root / "metrics.jsonl").read_text(errors="replace").split("\n")
+    return [json.loads(line) for line in lines if step_of(line) < math.inf]
 
 
 def _draw(path: Path, panels: list[tuple[str, list[dict], list[str]]], x_label: str = "step") -> None:

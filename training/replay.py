@@ -12,10 +12,8 @@ WARMUP = 3  # calls before a recording, in which libraries choose their kernels
 
 
 def record(function: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of what the function does on the GPU, and what it returns, which each replay overwrites.
-
-    The function is called some times before, with all its effects. pool: that of another graph, to share its memory.
-    """
+    """A graph of what the function does on the GPU, and what it returns, which each replay overwrites. The function is
+    called some times before, with all its effects. pool: that of another graph, to share its memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

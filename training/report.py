@@ -4,40 +4,23 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
 from training.metrics import PROTOCOLS
 
 MIN_UNIQUE = 0.5  # share of items with codes of their own
-ROWS = {
-    "most_popular": "most popular",
-    "transition": "transition",
-    "sasrec": "SASRec",
-    "tree": "tree alone",
-    "items": "item head alone",
-    "fused": "both",
-    "beams": "by beams",
-    "exact": "exact",
-}
+ROWS = {"most_popular": "most popular", "transition": "transition", "sasrec": "SASRec", "tree": "tree alone"}
+ROWS |= {"items": "item head alone", "fused": "both", "beams": "by beams", "exact": "exact"}
 SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 GROUPS = {"target_in_training": "how often the target occurs in training", "history": "items consumed before"}
 
 
-def heading(title: str, lines: dict[str, str], model: nn.Module, folder: Path, start: str, show: bool) -> None:
+def heading(title: str, lines: dict[str, str], model: nn.Module, folder: Path, start: str) -> None:
     """A title and named lines, before the progress bar."""
-    if not show:
-        return
     n_parameters, device = sum(p.numel() for p in model.parameters()), next(model.parameters()).device
     lines = lines | {"model": f"{n_parameters:,} parameters on {device}", "folder": folder, "start": start}
     print(f"\n{title}", *(f"  {name}: {value}" for name, value in lines.items()), sep="\n")
-
-
-def warn(message: str) -> None:
-    """One line to stderr, above the progress bar."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def progress(total: int, done: int, show: bool) -> tqdm:
@@ -48,9 +31,7 @@ def progress(total: int, done: int, show: bool) -> tqdm:
 
 class Speed:
     """Counts steps of training and their seconds: `start` before each, `stop` before what else is done, as evaluation.
-
-    A GPU works behind the host: its seconds count where the host waits for it, which is to be before `stop`.
-    """
+    A GPU works behind the host: its seconds count where the host waits for it, which is to be before `stop`."""
 
     def __init__(self) -> None:
         self._steps, self._seconds, self._since = 0, 0.0, 0.0
@@ -68,25 +49,8 @@ class Speed:
         return self._steps / max(self._seconds - recording, 1e-9)
 
 
-def machine(examples_per_second: float, accelerator: Accelerator) -> dict[str, float]:
-    """The speed, the peak of the GPU's memory in GiB, and the loss scale, where there are."""
-    result = {"examples_per_second": examples_per_second}
-    if accelerator.device.type == "cuda":
-        result["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if accelerator.scaler is not None:
-        result["loss_scale"] = accelerator.scaler.get_scale()
-    return result
-
-
-def show(bar: tqdm, values: dict[str, float]) -> None:
-    """The loss and the speed beside the bar."""
-    bar.set_postfix(loss=f"{values['loss']:.3f}", examples=f"{values['examples_per_second']:,.0f}/s", refresh=False)
-
-
-def table(title: str, metrics: dict[str, float], folder: Path, show: bool) -> None:
+def table(title: str, metrics: dict[str, float], folder: Path) -> None:
     """Two columns: name, value."""
-    if not show:
-        return
     width = max(map(len, metrics))
     print(f"\n{title}")
     for name, value in metrics.items():
@@ -96,10 +60,8 @@ def table(title: str, metrics: dict[str, float], folder: Path, show: bool) -> No
 
 def verdict(metrics: dict[str, float], min_usage: float, is_error: bool, show: bool) -> None:
     """Says whether codebooks are in use and IDs tell items apart, from `usage_<level>` and `id_unique_share`.
-
     ValueError where a level uses less than min_usage of its codes; a warning instead if not is_error, and where most
-    items share their codes with another.
-    """
+    items share their codes with another."""
     usage = {name.split("_")[1]: value for name, value in metrics.items() if name.startswith("usage_")}
     low = {level: value for level, value in usage.items() if value < min_usage}
     if not low:
@@ -122,14 +84,10 @@ def verdict(metrics: dict[str, float], min_usage: float, is_error: bool, show: b
         print(f"Warning: {message}")
 
 
-def retrieval_table(metrics: dict[str, float], split: str, excluded: bool, folder: Path, show: bool) -> None:
-    """A row for each kind of scores under both protocols, what the users are, and ndcg by groups of users.
-
-    metrics: what metrics.json holds, see `training.metrics.all_figures`, "test/" before its names. excluded: whether
-    the checkpoint was chosen, and the groups are shown, by rankings without consumed items.
-    """
-    if not show:
-        return
+def retrieval_table(metrics: dict[str, float], split: str, excluded: bool, folder: Path) -> None:
+    """A row for each kind of scores under both protocols, what the users are, and ndcg by groups of users. metrics:
+    what metrics.json holds, see `training.metrics.all_figures`, "test/" before its names. excluded: whether the
+    checkpoint was chosen, and the groups are shown, by rankings without consumed items."""
     names = [name for name in SHOWN if f"test/most_popular/all/{name}" in metrics]
     rows = {row: title for row, title in ROWS.items() if f"test/{row}/all/{names[-1]}" in metrics}
     protocol = "new" if excluded else "all"

@@ -4,53 +4,31 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gin
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from common.files import in_turn, lock, naming, write_file
 from data.corpus import Corpus
 from data.processed import RecDataset, load_corpus
 from data.splits import Splits, draw_splits
-from training.checkpoint import STATE, CheckpointData, Checkpoints, load_optimizer, load_weights
+from training.checkpoint import MODEL, STATE, CheckpointData, Checkpoints, load_optimizer
 from training.distributed import checkpoint_from_main, from_main, tensors_from_main
 from training.tracking import Wandb
 
 ABSENT = "not there"
 # Arguments of `train` with which a run can be continued whatever they were: what they name is known by its content,
 # or they change what a run writes or shows, never what its steps compute.
-RESUME_MAY_CHANGE = {
-    "dataset",
-    "dataset_folder",
-    "dataset_split",
-    "split",
-    "features",
-    "categories",
-    "pretrained_rqvae_path",
-    "pretrained_rqvae_revision",
-    "encode_catalogue",
-    "text_model",
-    "save_dir_root",
-    "save_model_every",
-    "keep_checkpoints",
-    "log_every",
-    "eval_batch_size",
-    "resume",
-    "wandb_logging",
-    "wandb_project",
-    "force_dataset_process",
-    "min_usage",
-    "collapse_is_error",
-    "sasrec_baseline",
-    "item_columns",
-    "push_vae_to_hf",
-    "vae_hf_model_name",
-    "push_to_hf",
-    "hf_model_name",
-}
+RESUME_MAY_CHANGE = set(
+    "dataset dataset_folder dataset_split split features categories pretrained_rqvae_path pretrained_rqvae_revision "
+    "encode_catalogue text_model save_dir_root save_model_every keep_checkpoints log_every eval_batch_size resume "
+    "wandb_logging wandb_project force_dataset_process min_usage collapse_is_error sasrec_baseline item_columns "
+    "push_vae_to_hf vae_hf_model_name push_to_hf hf_model_name".split()
+)
 
 
 def load_splits(
@@ -71,19 +49,16 @@ def load_splits(
 
 
 class Run:
-    """Everything a run leaves under `save_dir_root`. Only the main process reads or writes there, and no other run.
-
-    A folder that holds a run of equal values is continued; one with others is left alone.
-    """
+    """Everything a run leaves under `save_dir_root`. Only the main process reads or writes there, and no other run. A
+    folder that holds a run of equal values is continued; one with others is left alone."""
 
     def __init__(self, root: str, settings: dict[str, Any], inputs: dict[str, str], accelerator: Accelerator) -> None:
-        """settings: the arguments of `train`. inputs: what identifies the data and artifacts the run reads.
-
-        Raises ValueError where another process is at work in the folder, or where it holds any run if `resume` is off,
-        or damaged checkpoints only.
-        """
+        """settings: the arguments of `train`. inputs: what identifies the data and artifacts the run reads. Raises
+        ValueError where another process is at work in the folder, or where it holds any run if `resume` is off, or
+        damaged checkpoints only."""
         self.root, self.accelerator = Path(root), accelerator
-        self.settings, self._inputs, self._wandb = settings, inputs, None
+        self.settings, self._inputs = settings, inputs
+        self._wandb: Wandb | None = None
         self.is_main = accelerator.is_main_process
         self.checkpoints = Checkpoints(self.root / "checkpoints", settings["keep_checkpoints"])
         if not self.is_main:
@@ -97,13 +72,12 @@ class Run:
             )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-        """Continues from the newest checkpoint: model, optimizer and loss scale are those of then.
-
-        Returns its state: "step", how many are done (0: a new run), and "best", the metrics of the best checkpoint.
-        Raises ValueError where it was made with other values or inputs, or where the processes of a launch differ.
-        """
+        """Continues from the newest checkpoint: model, optimizer and loss scale are those of then. Returns its state:
+        "step", how many are done (0: a new run), and "best", the metrics of the best checkpoint. Raises ValueError
+        where it was made with other values or inputs, or where the processes of a launch differ."""
         values = {f"train.{name}": value for name, value in self.settings.items() if name not in RESUME_MAY_CHANGE}
-        values |= {f"{type(model).__name__}.{name}": value for name, value in model.config.items()}
+        of_model = cast(dict[str, Any], model.config)
+        values |= {f"{type(model).__name__}.{name}": value for name, value in of_model.items()}
         self.config = json.loads(json.dumps(values | self._inputs))  # what must be the same for a run to be continued
         if self.config != from_main(self.config):
             raise ValueError(
@@ -134,7 +108,7 @@ class Run:
             content = self.checkpoints.resume(self._last)
         if (file := self.root / "metrics.jsonl").exists():  # later steps will be written again
             step = -1 if content is None else content.state["step"]
-            lines = [line for line in file.read_text(errors="replace").split("\n") if _step(line) <= step]
+            lines = [line for line in file.read_text(errors="replace").split("\n") if step_of(line) <= step]
             write_file(file, "".join(f"{line}\n" for line in lines).encode())
         return content
 
@@ -142,14 +116,15 @@ class Run:
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, best: dict[str, float], improved: bool
     ) -> None:
         """Writes a checkpoint. best: metrics of the best one, which is this one if `improved`."""
+        optimizer_state = optimizer.state_dict()  # on every process, of which each may hold a part
         if self.is_main:
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
             state = {"config": self.config, "scaler": scaler, "best": best}
-            self.checkpoints.save(step, model, optimizer, state, improved)
+            self.checkpoints.save(step, model, optimizer_state, state, improved)
 
     def load_best(self, model: nn.Module) -> None:
         """Puts the weights of the best checkpoint into the model."""
-        weights = load_weights(self.checkpoints.best()) if self.is_main else None
+        weights = load_file(self.checkpoints.best() / MODEL) if self.is_main else None
         model.load_state_dict(tensors_from_main(weights, self.accelerator))
 
     def save_config(self) -> None:
@@ -186,7 +161,7 @@ class Run:
             self._lock.release(force=True)
 
 
-def _step(line: str) -> float:
+def step_of(line: str) -> float:
     """The step of a line of metrics.jsonl; infinity where a crash has cut or spoilt it."""
     try:
         return json.loads(line)["step"]

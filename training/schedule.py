@@ -19,8 +19,6 @@ def warmup_cosine(step: int, warmup: int, total: int, floor: float = 0.02) -> fl
 
 
 def last_step(iterations: int, best: dict[str, float], patience: int) -> int:
-    """Number of the last step, counted from 1: `patience` steps after the best one, at most `iterations`.
-
-    best: "step" is that of the best validation so far; {} for none. patience 0: never before `iterations`.
-    """
-    return min(iterations, best["step"] + patience) if patience and best else iterations
+    """Number of the last step, counted from 1: `patience` steps after the best one, at most `iterations`. best: "step"
+    is that of the best validation so far; {} for none. patience 0: never before `iterations`."""
+    return min(iterations, int(best["step"]) + patience) if patience and best else iterations

@@ -21,16 +21,14 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """While entered, SIGTERM and SIGINT don't end the process but are asked for after each step.
-
-    The processes agree through the host: one integer is reduced (gloo) while a step runs and read after it, so
-    neither the device nor another process is waited for. A second signal ends the process at once.
-    """
+    """While entered, SIGTERM and SIGINT don't end the process but are asked for after each step. The processes agree
+    through the host: one integer is reduced (gloo) while a step runs and read after it, so neither the device nor
+    another process is waited for. A second signal ends the process at once."""
 
     def __init__(self, num_processes: int) -> None:
         self._signum, self._time = 0, 0.0
         self._group = distributed.new_group(backend="gloo") if num_processes > 1 else None
-        self._asked = None  # the reduction under way, and its result
+        self._asked: tuple[distributed.Work, torch.Tensor] | None = None  # the reduction under way, and its result
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -50,10 +48,8 @@ class StopSignal:
             os.kill(os.getpid(), signum)
 
     def after_step(self) -> int:
-        """The signal to stop for, the same on every process; 0 for none. To be called after every step.
-
-        Alone, a process sees its signal after the step it came in; several see it one step later.
-        """
+        """The signal to stop for, the same on every process; 0 for none. To be called after every step. Alone, a
+        process sees its signal after the step it came in; several see it one step later."""
         if self._group is None:
             return self._signum
         agreed = 0

@@ -15,10 +15,8 @@ from training.signals import Stopped, StopSignal
 
 class Steps:
     """The steps of a run from `start_step` on. While entered, a signal stops the run once a step is done and saved.
-
     run: its arguments of `train` say what is due when. losses: their names, the total first. ValueError where a batch
-    of the shuffler is too small for the processes and micro-steps.
-    """
+    of the shuffler is too small for the processes and micro-steps."""
 
     def __init__(
         self,
@@ -33,7 +31,11 @@ class Steps:
         self._names, self._batch_size, self._iterations = losses, shuffler.batch_size, run.settings["iterations"]
         processes = run.accelerator.num_processes
         self._n_shares = processes * run.settings["gradient_accumulate_every"]
-        shuffler.check_shares(self._n_shares)
+        if self._n_shares > shuffler.batch_size:
+            raise ValueError(
+                f"A batch of {shuffler.batch_size} samples is too small for {self._n_shares} shares (processes x "
+                "train.gradient_accumulate_every): raise train.batch_size."
+            )
         self._guard = NonFiniteGuard(run.accelerator, shuffler, run.checkpoints)
         self._speed, self._stop = report.Speed(), StopSignal(processes)
         self._bar = report.progress(self._iterations, start_step, run.is_main)
@@ -42,9 +44,9 @@ class Steps:
         self._stop.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._bar.close()
-        self._stop.__exit__(*error)
+        self._stop.__exit__(kind, *error)
 
     def start(self, learning_rate: float) -> None:
         """To be called as a step begins."""
@@ -58,28 +60,28 @@ class Steps:
         return shares[self._run.accelerator.process_index :: self._run.accelerator.num_processes]
 
     def made(self, step: int, losses: Tensor, norm: Tensor, recording: float = 0.0) -> None:
-        """To be called once the weights are updated; logs if due. FloatingPointError where a loss was not finite.
-
-        step: counted from 1. losses: this process's part of them. norm: of the gradient. recording: the seconds that
-        all steps spent on recordings, which count for no speed.
-        """
+        """To be called once the weights are updated; logs if due. FloatingPointError where a loss was not finite. step:
+        counted from 1. losses: this process's part of them. norm: of the gradient. recording: the seconds that all
+        steps spent on recordings, which count for no speed."""
         self._guard.watch(step, losses[0], norm)
         self._bar.update()
         if due(step, self._run.settings["log_every"], self._iterations):
             accelerator = self._run.accelerator
             values = dict(zip(self._names, accelerator.reduce(losses, "sum").tolist(), strict=True))
             values |= {"gradient_norm": float(norm), "learning_rate": self._optimizer.param_groups[0]["lr"]}
-            values |= report.machine(self._speed.steps_per_second(recording) * self._batch_size, accelerator)
+            speed = values["examples_per_second"] = self._speed.steps_per_second(recording) * self._batch_size
+            if accelerator.device.type == "cuda":
+                values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            if accelerator.scaler is not None:
+                values["loss_scale"] = accelerator.scaler.get_scale()
             self._run.log(step, "train", values)
-            report.show(self._bar, values)
+            self._bar.set_postfix(loss=f"{values['loss']:.3f}", examples=f"{speed:,.0f}/s", refresh=False)
             self._guard.check(self._model)
         self._speed.stop()
 
     def end(self, step: int, last: int, best: dict[str, float] | None = None, improved: bool = False) -> None:
-        """To be called as a step ends; saves if due, improved, or stopped by a signal, which raises Stopped.
-
-        last: the last step, unless a better checkpoint comes. best: metrics of the best one, this one if improved.
-        """
+        """To be called as a step ends; saves if due, improved, or stopped by a signal, which raises Stopped. last: the
+        last step, unless a better checkpoint comes. best: metrics of the best one, this one if improved."""
         signum = self._stop.after_step()
         if signum or improved or due(step, self._run.settings["save_model_every"], last):
             self._guard.check(self._model)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.schemas import RankedItems
-from modules.model import Encoded, EncoderDecoderRetrievalModel, Vectors
+from modules.embedding import Vectors
+from modules.model import Encoded, EncoderDecoderRetrievalModel
 from modules.transformer.model import KVCache
 from modules.tree import Tree
 from ops.jagged import JaggedTensor, row_indices
@@ -17,11 +18,9 @@ from ops.tree import best_children, best_places
 
 @dataclass(frozen=True)
 class Candidates:
-    """C items of each of B users, in any order.
-
-    items: [B, C] int64, -1 where a user has fewer. tree: [B, C] float32, their log-probabilities down the tree; head:
-    [B, C], the item head's logits, which differ from log-probabilities by one number a user. None: no such head.
-    """
+    """C items of each of B users, in any order. items: [B, C] int64, -1 where a user has fewer. tree: [B, C] float32,
+    their log-probabilities down the tree; head: [B, C], the item head's logits, which differ from log-probabilities by
+    one number per user. None: no such head."""
 
     items: Tensor
     tree: Tensor | None
@@ -30,7 +29,8 @@ class Candidates:
     def fused(self, share: float | Tensor) -> Tensor:
         """[B, C]: the item head's share of both."""
         if self.head is None or self.tree is None:
-            return self.tree if self.head is None else self.head
+            [only] = [scores for scores in (self.head, self.tree) if scores is not None]
+            return only
         return torch.lerp(self.tree, self.head, share)
 
     def scores(self, share: float | Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def beam_search(
     """
     tree, encoded = model.tree, model.encode(history, vectors)
     users, device = history.batch_size, history.values.device
-    out = LeftOut.of(consumed, tree) if new else left_out
+    out = LeftOut.of(consumed, tree) if new and consumed is not None else left_out
     nodes = torch.zeros(users, 1, dtype=torch.int32, device=device)
     scores, cache = torch.zeros(users, 1, device=device), None
     for depth, fanout in enumerate(tree.fanout):
@@ -124,14 +124,14 @@ def beam_search(
             dead = out.covers(tree.first_leaf[depth + 1], child.flatten(1)).view_as(child)
         count = min(beams, nodes.shape[1] * fanout, tree.n_nodes[depth])
         scores, parents, nodes = best_children(
-            query, scores, vectors.nodes[depth], first_child, nodes, fanout, count, dead
+            query, scores, vectors.made_nodes[depth], first_child, nodes, fanout, count, dead
         )
         if tokens and depth < tree.n_levels - 1:
             chosen = (parents + torch.arange(users, device=device)[:, None] * query.shape[1]).flatten()
             cache = KVCache.extend(cache, tokens, chosen)
     items = tree.leaf_items[nodes].long()
     head = None
-    if "items" in model.heads:
+    if "items" in model.heads and vectors.items is not None:
         head = (encoded.state[:, None].to(scores.dtype) * vectors.items[items]).sum(-1, dtype=scores.dtype)
         if consumed is not None and not new:
             seen = LeftOut.of(consumed, tree).covers(tree.first_leaf[-1], nodes)
@@ -148,18 +148,16 @@ def whole_catalogue(
     new: bool = False,
     left_out: LeftOut | None = None,
 ) -> Candidates:
-    """All N items of every user with their exact scores, in the order of their ids.
-
-    consumed, new, left_out: as of `beam_search`; what is no candidate is -1.
-    ValueError with a decoder, whose queries depend on the path: its whole catalogue is a beam search with N beams.
-    """
+    """All N items of every user with their exact scores, in the order of their ids. consumed, new, left_out: as of
+    `beam_search`; what is no candidate is -1. ValueError with a decoder, whose queries depend on the path: its whole
+    catalogue is a beam search with N beams."""
     if model.decoder is not None:
         raise ValueError("With a decoder (decoder_layers > 0) the whole catalogue is a search with N beams.")
     tree, encoded, users = model.tree, model.encode(history, vectors), history.batch_size
     items, leaf = torch.arange(tree.n_items, device=history.values.device).expand(users, -1), tree.item_nodes[:, -1]
     by_leaf = tree_log_probs(model, encoded, vectors) if "tree" in model.heads else None
     head = head_logits(model, encoded, vectors, consumed) if "items" in model.heads else None
-    out = LeftOut.of(consumed, tree) if new else left_out
+    out = LeftOut.of(consumed, tree) if new and consumed is not None else left_out
     if out is not None:
         items = items.masked_fill(out.leaves(users)[:, leaf], -1)
     return Candidates(items, by_leaf[:, leaf] if by_leaf is not None else None, head)
@@ -169,6 +167,7 @@ def head_logits(
     model: EncoderDecoderRetrievalModel, encoded: Encoded, vectors: Vectors, consumed: JaggedTensor | None
 ) -> Tensor:
     """The item head's logits of all items, in float32 or wider: [B, N]."""
+    assert vectors.items is not None  # there is an item head
     head = products(encoded.state, vectors.items)
     if consumed is None:
         return head
@@ -179,7 +178,7 @@ def head_logits(
 def tree_log_probs(model: EncoderDecoderRetrievalModel, encoded: Encoded, vectors: Vectors) -> Tensor:
     """log p of every leaf down the tree, in float32 or wider: [B, N]."""
     total = None
-    for depth, (query, rows) in enumerate(zip(model.queries, vectors.nodes, strict=True)):
+    for depth, (query, rows) in enumerate(zip(model.queries, vectors.made_nodes, strict=True)):
         offsets, parent = model.tree.first_child[depth].long(), model.tree.parent[depth].long()
         logits = products(query(encoded.state), rows).T.contiguous()  # [n, B]
         highest = torch.segment_reduce(logits, "max", offsets=offsets)
@@ -187,14 +186,13 @@ def tree_log_probs(model: EncoderDecoderRetrievalModel, encoded: Encoded, vector
         normalizer = torch.segment_reduce(shifted.exp(), "sum", offsets=offsets).log()
         log_probs = shifted - normalizer[parent]
         total = log_probs if total is None else total[parent] + log_probs
+    assert total is not None
     return total.T
 
 
 def products(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y.T in float32 or wider, also under autocast: rounded to half precision, many scores would be equal.
-
-    Products of half-precision numbers are exact in TF32. Shape: [B, dim], [n, dim] -> [B, n].
-    """
+    """x @ y.T in float32 or wider, also under autocast: rounded to half precision, many scores would be equal. Products
+    of half-precision numbers are exact in TF32. Shape: [B, dim], [n, dim] -> [B, n]."""
     wide = torch.promote_types(y.dtype, torch.float32)
     precision = torch.get_float32_matmul_precision() if y.dtype == wide else "high"
     with torch.autocast(x.device.type, enabled=False), matmul_precision(precision):

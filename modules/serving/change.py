@@ -49,11 +49,8 @@ def changed(pipeline: Pipeline, add: Items = NONE, remove: Collection[str] = ())
     digest = hashlib.sha256(ids.corpus_hash.encode() + pack_strings(left_keys)[0].numpy().tobytes()).hexdigest()[:16]
     new_ids = SemanticIds(codes[stays], sizes, left_keys, ids.corpus_name, digest, made)
     items = torch.where(stays < n_old, stays, -1)
-    new_columns = {
-        "categories": add.categories,
-        "text": [[text] for text in add.texts],
-        "key": [[key] for key in add.keys],
-    }
+    new_columns = {"text": [[text] for text in add.texts], "key": [[key] for key in add.keys]}
+    new_columns["categories"] = add.categories
     return replace(
         pipeline,
         model=carried_over(pipeline.model, new_ids, features, items),
@@ -135,7 +132,7 @@ def carried_over(
     if {"free", "features"} <= set(config["node_parts"]):
         for level, before, rows in zip(new.nodes, model.nodes, nodes, strict=True):
             stays = (rows >= 0).nonzero()[:, 0]
-            level.table[stays] += before()[rows[stays]] - level()[stays]
+            level.get_parameter("table")[stays] += before()[rows[stays]] - level()[stays]
     return new
 
 
@@ -143,6 +140,5 @@ def _rows(table: Tensor, blocks: list[tuple[int, Tensor]]) -> Tensor:
     """A table from rows of another one, block by block. blocks: how many rows each had, and which of them each of its
     rows is now, -1: zeros."""
     olds = table.split([size for size, _ in blocks])
-    return torch.cat(
-        [(rows >= 0)[:, None] * old[rows.clamp_min(0)] for old, (_, rows) in zip(olds, blocks, strict=True)]
-    )
+    pairs = zip(olds, blocks, strict=True)
+    return torch.cat([(rows >= 0)[:, None] * old[rows.clamp_min(0)] for old, (_, rows) in pairs])

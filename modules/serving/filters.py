@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class Filters:
                     raise ValueError(f"{name} has {len(given)} collections of keys for {users} histories.")
                 each[name] = lookup.rows(given)[0]
             elif given is not None:
-                gone = lookup.mask(given) if name == "block" else ~lookup.mask(given)
+                meant = lookup.mask(cast(Keys, given))
+                gone = meant if name == "block" else ~meant
                 for_all = gone if for_all is None else for_all | gone
         if not each and consumed is not None:
             return Filters(consumed, for_all, False)

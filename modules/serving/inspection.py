@@ -40,10 +40,8 @@ def dashed(codes: Sequence[int]) -> str:
 
 
 def neighbours(codes: Tensor, item: int, k: int) -> list[tuple[int, int]]:
-    """Up to k other items that share the first code, those with the longest common prefix first, and its length.
-
-    Shape: codes [N, L'].
-    """
+    """Up to k other items that share the first code, those with the longest common prefix first, and its length. Shape:
+    codes [N, L']."""
     shared = (codes == codes[item]).long().cumprod(1).sum(1)
     shared[item] = 0
     best = shared.argsort(descending=True, stable=True)[:k].tolist()
@@ -58,7 +56,7 @@ def typical(labels: Sequence[Iterable[str]], groups: Sequence[int], k: int) -> d
     log-likelihood ratio of Dunning 1993, where p > q. A label of one item, or one with less than 3 nats over the whole
     group, tells nothing.
     """
-    inside, sizes = defaultdict(Counter), Counter(groups)
+    inside, sizes = defaultdict[int, Counter[str]](Counter), Counter(groups)
     for group, names in zip(groups, labels, strict=True):
         inside[group].update(set(names))
     everywhere = Counter(name for names in labels for name in set(names))
@@ -101,9 +99,7 @@ def first_codes(pipeline: Pipeline, k: int = 5) -> dict[int, Code]:
 @dataclass(frozen=True)
 class HeldOut:
     """B histories of item keys, oldest first, and what came next: targets [B] int64, items of the recommender.
-
-    left_out: how many more there were, whose next item or all of whose history the catalogue lacks.
-    """
+    left_out: how many more there were, whose next item or all of whose history the catalogue lacks."""
 
     recommender: Recommender
     histories: list[list[str]]
@@ -113,14 +109,14 @@ class HeldOut:
     @staticmethod
     def of(recommender: Recommender, rows: Iterable[Iterable[str | int]]) -> "HeldOut":
         """rows: item keys, the last of which came next. ValueError where no row can be used."""
-        index, rows = recommender.index, [[as_key(key) for key in row] for row in rows]
-        kept = [row for row in rows if row and row[-1] in index and any(key in index for key in row[:-1])]
+        index, texts = recommender.index, [[as_key(key) for key in row] for row in rows]
+        kept = [row for row in texts if row and row[-1] in index and any(key in index for key in row[:-1])]
         if not kept:
             raise ValueError(
-                f"None of the {len(rows):,} histories ends with an item of the catalogue after another one."
+                f"None of the {len(texts):,} histories ends with an item of the catalogue after another one."
             )
         targets = torch.tensor([index[row[-1]] for row in kept])
-        return HeldOut(recommender, [row[:-1] for row in kept], targets, len(rows) - len(kept))
+        return HeldOut(recommender, [row[:-1] for row in kept], targets, len(texts) - len(kept))
 
 
 @dataclass(frozen=True)

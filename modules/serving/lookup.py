@@ -26,15 +26,14 @@ class Lookup:
 
     def __init__(self, keys: list[str], columns: dict[str, list[list[str]]]) -> None:
         self.keys, self.columns = keys, columns
-        self.index = {key: n for n, key in enumerate(keys)}
+        self.index: dict[str | int, int] = {key: n for n, key in enumerate(keys)}
 
     def rows(self, rows: "Sequence[Keys] | pl.Series") -> tuple[JaggedTensor, np.ndarray]:
         """The items with these keys, row by row, without those that the catalogue lacks; how many each row has of them.
-
-        rows: B collections of keys, or a polars Series of B lists. Returns rows of item ids and [B] int64.
-        ValueError where a row is no collection of keys.
-        """
-        lengths, items = self._from_series(rows) if hasattr(rows, "explode") else self._from_lists(rows)
+        rows: B collections of keys, or a polars Series of B lists. Returns rows of item ids and [B] int64. ValueError
+        where a row is no collection of keys."""
+        is_series = hasattr(rows, "explode")  # polars stays unloaded for lists
+        lengths, items = self._from_series(rows) if is_series else self._from_lists(rows)  # type: ignore[arg-type]
         known = items >= 0
         ends = np.append(0, lengths.cumsum())
         offsets = np.append(0, known.cumsum())[ends]
@@ -68,11 +67,9 @@ class Lookup:
         return pl.DataFrame({"key": self.keys, "item": np.arange(len(self.keys))})
 
     def mask(self, wanted: Keys | str) -> Tensor:
-        """Which items are meant, [N] bool: by their keys, or by `column = value` or `column contains value`.
-
-        Case does not count; of a column with several values one that fits is enough.
-        ValueError where a predicate is of another form, names a column that is not there, or fits no item.
-        """
+        """Which items are meant, [N] bool: by their keys, or by `column = value` or `column contains value`. Case does
+        not count; of a column with several values one that fits is enough. ValueError where a predicate is of another
+        form, names a column that is not there, or fits no item."""
         result = torch.zeros(len(self.keys), dtype=torch.bool)
         if not isinstance(wanted, str):
             result[self.rows([wanted])[0].values] = True

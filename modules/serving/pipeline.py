@@ -1,6 +1,5 @@
 """A trained retriever with all that recommending needs, as one folder: `pipeline/` of a run, or a Hub repository."""
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from common.files import aside, write_file
+from common.files import file_sha256, write_file, write_rows
 from common.packed_strings import pack_lists, pack_strings, unpack_lists, unpack_strings
 from data.sources import SOURCES, STATES
 from modules.model import EncoderDecoderRetrievalModel
@@ -49,8 +48,7 @@ class Pipeline:
         self.model.save_pretrained(folder)
         self.semantic_ids.save(folder / IDS)
         if self.features is not None:
-            with aside(folder / FEATURES) as part:
-                np.save(part, self.features)
+            write_rows(folder / FEATURES, len(self.features), [self.features])
             names.add(FEATURES)
         if self.tokenizer is not None:
             self.tokenizer.save(folder / TOKENIZER)
@@ -62,7 +60,7 @@ class Pipeline:
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts}
         write_file(folder / CATALOGUE, save(tensors))
         header = {"format": FORMAT, "corpus": self.semantic_ids.corpus_name, "max_items": self.max_items}
-        header["files"] = {name: _sha256(folder / name) for name in sorted(names)}
+        header["files"] = {name: file_sha256(folder / name) for name in sorted(names)}
         write_file(folder / PIPELINE, (json.dumps(header, indent=2) + "\n").encode())
 
     @staticmethod
@@ -114,18 +112,14 @@ def open_pipeline(path: str | Path, revision: str | None) -> tuple[Path, dict]:
         raise ValueError(f"{file} is damaged ({error!r}): {anew(folder)}.") from error
     if found != FORMAT:
         raise ValueError(f"{file} has the format {found!r}, this code reads {FORMAT!r}: take the code that wrote it.")
-    if not NEEDED <= names <= NEEDED | TOKENIZER_FILES | {FEATURES} or not isinstance(header.get("max_items"), int):
+    counted = type(header.get("max_items")) is int and header["max_items"] > 0
+    if not NEEDED <= names <= NEEDED | TOKENIZER_FILES | {FEATURES} or not counted:
         raise ValueError(f"{file} is damaged: it does not name the files of a pipeline. To mend it, {anew(folder)}.")
     if not Path(path).expanduser().exists():
         resolve(path, folder.name, tuple(names))  # of the commit that the header is of
     for name, digest in header["files"].items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: {anew(folder)}.")
-        if _sha256(folder / name) != digest:
+        if file_sha256(folder / name) != digest:
             raise ValueError(f"{folder / name} is damaged, or of another pipeline: {anew(folder)}.")
     return folder, header
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

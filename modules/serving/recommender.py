@@ -1,5 +1,6 @@
 """From histories of item keys to ranked items of a catalogue."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,15 @@ if TYPE_CHECKING:
     import polars as pl
 
 MAX_EXACT = 500_000  # items up to which the whole catalogue is ranked
-MAX_LOGITS = 2**24  # users x items that are scored at once
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}  # users x items that are scored at once
 BEAMS = 50
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """K items of each of B users, best first, on the CPU.
-
-    items: [B, K] int64, -1 where fewer are left; scores: [B, K] float32, log-probabilities, -inf there. known, unknown:
-    [B] int64, how many items of the history the catalogue has, and how many not.
-    """
+    """K items of each of B users, best first, on the CPU. items: [B, K] int64, -1 where fewer are left; scores: [B, K]
+    float32, log-probabilities, -inf there. known, unknown: [B] int64, how many items of the history the catalogue has,
+    and how many not."""
 
     items: Tensor
     scores: Tensor
@@ -63,10 +62,8 @@ class Recommendations:
 
 
 class Recommender:
-    """Ranks the items of a catalogue for histories of item keys.
-
-    keys, titles: [N]; codes: [N, L'] int64, the semantic IDs; index: {key: item}. Nothing is kept between calls.
-    """
+    """Ranks the items of a catalogue for histories of item keys. keys, titles: [N]; codes: [N, L'] int64, the semantic
+    IDs; index: {key: item}. Nothing is kept between calls."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         """It computes where the pipeline's model lies."""
@@ -89,9 +86,7 @@ class Recommender:
         path: str | Path, revision: str | None = None, device: torch.device | str = "cpu"
     ) -> "Recommender":
         """path: a run of train_decoder.py, its pipeline folder, or a Hub id (`owner/name`) at `revision`.
-
-        FileNotFoundError or ValueError names what is missing, damaged or of another format; see `resolve`, too.
-        """
+        FileNotFoundError or ValueError names what is missing, damaged or of another format; see `resolve`, too."""
         return Recommender(Pipeline.load(path, revision, device))
 
     def recommend(self, histories: Sequence[Keys], k: int = 10, **options) -> list[Recommendations]:
@@ -131,8 +126,11 @@ class Recommender:
         ValueError where k is below 1, there is not one collection for each history, or a bonus without exact ranking.
         """
         batch_size = (1024 if self.device.type == "cuda" else 64) if batch_size is None else batch_size
-        if k < 1 or batch_size < 1:
-            raise ValueError(f"k = {k} and batch_size = {batch_size} must be 1 or more.")
+        for name, value in (("k", k), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} = {value} must be 1 or more.")
+        if not math.isfinite(cold_bonus):
+            raise ValueError(f"cold_bonus = {cold_bonus} must be finite.")
         if cold_bonus and not self._exact:
             raise ValueError(
                 "cold_bonus needs the ranking of the whole catalogue, and this one is searched by beams: rank the new "
@@ -140,7 +138,7 @@ class Recommender:
             )
         known, unknown = self._lookup.rows(histories)
         filters = Filters.of(self._lookup, len(unknown), known if exclude_seen else None, allow, block)
-        k, size = min(k, len(self.keys)), max(1, min(batch_size, MAX_LOGITS // len(self.keys)))
+        k, size = min(k, len(self.keys)), max(1, min(batch_size, MAX_LOGITS[self.device.type] // len(self.keys)))
         items, scores = torch.full((len(unknown), k), -1), torch.full((len(unknown), k), float("-inf"))
         warm = known.lengths > 0
         for group, cold in ((warm.nonzero()[:, 0], False), ((~warm).nonzero()[:, 0], True)):

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.files import aside
+from common.files import write_rows
 from common.prefetch import stream
 from data.corpus import Corpus
 from data.features import ItemFeatures
@@ -39,15 +38,23 @@ def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> Tensor:
     """
     if not model.config["separate_collisions"]:
         return model.codes(x, batch_size).to(model.device)
-    size = model.config["codebook_size"]
+    codes, distance, candidates = nearest_codes(model, x, batch_size)
+    items = colliding_items(codes, distance)
+    return resolve_collisions(codes, items, candidates[items], model.config["codebook_size"])
+
+
+@torch.no_grad()
+def nearest_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes of `RqVae.codes`, the distance to the last of them, and the K nearest last codes, on the model's
+    device. Shape: x [N, input_dim] -> [N, L] int64, [N] int64, [N, K] int32."""
     exact, parts = model.exact(), []
     for chunk in stream(x, batch_size, exact.device):
         out = exact.get_semantic_ids(chunk.double())
-        distances, candidates = exact.layers[-1].ranked(out.residuals[..., -1], min(MAX_CANDIDATES, size))
+        count = min(MAX_CANDIDATES, model.config["codebook_size"])
+        distances, candidates = exact.layers[-1].ranked(out.residuals[..., -1], count)
         parts.append((out.sem_ids, distances[:, 0], candidates.to(torch.int32)))
     codes, distance, candidates = (torch.cat(part) for part in zip(*parts, strict=True))
-    items = colliding_items(codes, distance)
-    return resolve_collisions(codes, items, candidates[items], size)
+    return codes, distance, candidates
 
 
 @torch.no_grad()
@@ -75,19 +82,21 @@ def encoder_features(
         if path:
             path.unlink(missing_ok=True)
         return None
-    shape = len(x), int(columns.sum())
-    with aside(path) if path else nullcontext() as part:
-        values = np.lib.format.open_memmap(part, "w+", np.float16, shape) if part else np.empty(shape, np.float16)
+
+    def parts() -> Iterator[np.ndarray]:
         for start, chunk in zip(range(0, len(x), batch_size), stream(x, batch_size, model.device), strict=True):
-            values[start : start + batch_size] = seen = model.normalized(chunk).half().cpu().numpy()[:, columns]
+            seen = model.normalized(chunk).half().cpu().numpy()[:, columns]
             if not (finite := np.isfinite(seen).all(axis=1)).all():
                 raise ValueError(
                     f"The features of item {start + int(finite.argmin())} reach beyond 65504, the largest float16: "
                     "scale them, or set RqVae.standardize."
                 )
-        if part:
-            values.flush()
-    return values
+            yield seen
+
+    if path is None:
+        return np.concatenate([*parts()])
+    write_rows(path, len(x), parts())
+    return np.load(path, mmap_mode="c")
 
 
 @torch.no_grad()
@@ -106,15 +115,12 @@ def extended_ids(model: RqVae, ids: SemanticIds, item_keys: list[str], x: Tensor
     if ids.codes.shape[1] > n_levels:
         rank = ids.codes[rows.clamp_min(0), n_levels]
     if len(new):
-        codes[new] = model.codes(x)
-    if (model.config["separate_collisions"] or ids.codes.shape[1] == n_levels) and len(new):
-        exact, size = model.exact().cpu(), model.config["codebook_size"]
-        residual = exact.get_semantic_ids(x.cpu().double()).residuals[..., -1]
-        near, order = exact.layers[-1].ranked(residual, min(MAX_CANDIDATES, size))
-        distance = torch.full((len(rows),), -1.0, dtype=near.dtype).index_copy(0, new, near[:, 0])
-        moving = colliding_items(codes, distance)
-        moving = moving[rows[moving] < 0]
-        codes = resolve_collisions(codes, moving, order[torch.searchsorted(new, moving)], size)
+        codes[new], near, candidates = (found.cpu() for found in nearest_codes(model, x))
+        if model.config["separate_collisions"] or ids.codes.shape[1] == n_levels:
+            moving = colliding_items(codes, torch.full_like(rows, -1).index_copy(0, new, near))
+            moving = moving[rows[moving] < 0]
+            own = candidates[torch.searchsorted(new, moving)]
+            codes = resolve_collisions(codes, moving, own, model.config["codebook_size"])
     group, old = number_groups(codes), rows >= 0
     highest = torch.full((len(rows),), -1).scatter_reduce(0, group[old], rank[old], "amax")
     rank[new] = highest[group[new]] + 1 + rank_within_equal(codes[new])
@@ -138,15 +144,9 @@ def identity_of(model: RqVae, features: str, split: str, item_features: np.ndarr
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    identity = {
-        "weights": digest.hexdigest()[:16],
-        "features": features,
-        "split": split,
-        "config": json.dumps(model.config),
-    }
-    if item_features is not None:
-        identity["item_features"] = features_digest(item_features)
-    return identity
+    identity = {"weights": digest.hexdigest()[:16], "features": features, "split": split}
+    identity["config"] = json.dumps(model.config)
+    return identity if item_features is None else identity | {"item_features": features_digest(item_features)}
 
 
 def load_or_make_ids(
@@ -213,10 +213,8 @@ def with_features(ids: SemanticIds, read: ItemFeatures) -> tuple[SemanticIds, np
 def encode_corpus(
     model: RqVae, sources: FittedSources, ids: SemanticIds | None, corpus: Corpus
 ) -> tuple[SemanticIds, np.ndarray | None]:
-    """What `load_or_make_ids` returns, by the tokenizer's own sources; ids: those it came with.
-
-    In a corpus of the same name, items with IDs keep them. Another corpus' items are all new, whatever their keys.
-    """
+    """What `load_or_make_ids` returns, by the tokenizer's own sources; ids: those it came with. In a corpus of the same
+    name, items with IDs keep them. Another corpus' items are all new, whatever their keys."""
     items, same = Items.of(corpus), corpus.name == sources.corpus_name
     if not same:  # equal keys mean other items there
         items = replace(items, keys=[f"{corpus.name}/{key}" for key in items.keys])

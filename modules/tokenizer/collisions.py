@@ -17,9 +17,7 @@ def number_groups(codes: Tensor) -> Tensor:
 
 def colliding_items(codes: Tensor, distance: Tensor) -> Tensor:
     """Items other than the nearest of those with the same codes, the nearer first, equal ones in their own order.
-
-    Shape: codes [N, L], distance [N] to the own last code -> [M] int64.
-    """
+    Shape: codes [N, L], distance [N] to the own last code -> [M] int64."""
     by_distance = distance.argsort(stable=True)
     rank = torch.empty_like(by_distance).index_copy(0, by_distance, torch.arange(len(codes), device=codes.device))
     order = lexicographic_order(torch.cat([codes, rank[:, None]], 1))

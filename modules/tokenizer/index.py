@@ -58,8 +58,9 @@ def read_index(path: str | Path, corpus: Corpus) -> SemanticIds:
 def _codes(path: str | Path, name: str, tokens: list[str]) -> list[int]:
     """["<a_183>", "<b_70>"] -> [183, 70]."""
     pairs = zip(ascii_lowercase, tokens if isinstance(tokens, list) else (), strict=False)
-    found = [re.fullmatch(rf"<{letter}_([0-9]{{1,9}})>", str(token)) for letter, token in pairs]
-    if not found or len(found) < len(tokens) or not all(found):
+    matches = (re.fullmatch(rf"<{letter}_([0-9]{{1,9}})>", str(token)) for letter, token in pairs)
+    found = [match for match in matches if match]
+    if not found or len(found) < len(tokens):
         raise ValueError(f'{path}: item {name!r} has {json.dumps(tokens)[:80]}, not ["<a_183>", "<b_70>", ...]')
     return [int(match[1]) for match in found]
 

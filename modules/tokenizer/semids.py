@@ -14,7 +14,7 @@ from torch import Tensor
 from common.files import write_file
 from common.packed_strings import pack_strings, unpack_strings
 from modules.pretrained import resolve
-from modules.tree import lexicographic_order
+from modules.tokenizer.collisions import number_groups
 
 FORMAT = "semantic-ids-1"
 IDS, FEATURES = "semantic_ids.safetensors", "features.npy"
@@ -60,12 +60,7 @@ class SemanticIds:
 
     @staticmethod
     def from_codes(
-        codes: Tensor,
-        codebook_size: int,
-        item_keys: list[str],
-        corpus_name: str,
-        corpus_hash: str,
-        tokenizer: dict,
+        codes: Tensor, codebook_size: int, item_keys: list[str], corpus_name: str, corpus_hash: str, tokenizer: dict
     ) -> "SemanticIds":
         """From codes [N, L], on any device, which get one more level unless they are unique: the item's rank among
         those with its codes, by item id."""
@@ -102,9 +97,7 @@ class SemanticIds:
     @staticmethod
     def load(path: str | Path, revision: str | None = None) -> "SemanticIds":
         """path: the file, a tokenizer or run folder that holds it, or a Hub id (`owner/name`) at `revision`.
-
-        FileNotFoundError where there is none, ValueError where it is damaged; both name the path.
-        """
+        FileNotFoundError where there is none, ValueError where it is damaged; both name the path."""
         file = _find(path, revision)
         try:
             with safe_open(file, "pt") as opened:
@@ -114,14 +107,10 @@ class SemanticIds:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             if metadata["codes_sha256"] != _digest(tensors["codes"]):
                 raise ValueError("the codes are not those that were written")
-            return SemanticIds(
-                tensors["codes"].long(),
-                tuple(json.loads(metadata["level_sizes"])),
-                unpack_strings(tensors["key_data"], tensors["key_offsets"]),
-                metadata["corpus_name"],
-                metadata["corpus_hash"],
-                json.loads(metadata["tokenizer"]),
-            )
+            codes, sizes = tensors["codes"].long(), tuple(json.loads(metadata["level_sizes"]))
+            keys = unpack_strings(tensors["key_data"], tensors["key_offsets"])
+            made_of = metadata["corpus_name"], metadata["corpus_hash"], json.loads(metadata["tokenizer"])
+            return SemanticIds(codes, sizes, keys, *made_of)
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{file} holds no usable semantic IDs ({error}). Run train_rqvae.py again to write it anew."
@@ -183,10 +172,6 @@ def _find(path: str | Path, revision: str | None, *beside: str) -> Path:
 
 def rank_within_equal(codes: Tensor) -> Tensor:
     """For each row, how many earlier rows equal it. Shape: codes [N, L] -> [N] int64."""
-    order = lexicographic_order(codes)
-    ordered = codes[order]
-    opens = torch.ones(len(codes), dtype=torch.bool, device=codes.device)
-    opens[1:] = (ordered[1:] != ordered[:-1]).any(1)
-    position = torch.arange(len(codes), device=codes.device)
-    group_start = torch.where(opens, position, 0).cummax(0).values
-    return torch.empty_like(order).index_copy(0, order, position - group_start)
+    groups, order = number_groups(codes).sort(stable=True)
+    rank = torch.arange(len(codes), device=codes.device) - torch.searchsorted(groups, groups)
+    return torch.empty_like(order).index_copy(0, order, rank)

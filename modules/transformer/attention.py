@@ -32,7 +32,7 @@ class RelativePositionBias(nn.Module):
         bucket = torch.where(magnitude < exact, magnitude, logarithmic)
         if bidirectional:
             bucket = bucket + buckets * (distance > 0)
-        self.register_buffer("bucket", bucket, persistent=False)
+        self.bucket = nn.Buffer(bucket, persistent=False)
 
     def forward(self) -> Tensor:
         """[H, 2 * max_distance + 1]: the bias by distance."""

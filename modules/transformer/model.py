@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common.module_list import ModuleList
 from modules.transformer.attention import CrossAttention, RelativePositionBias, SelfAttention
 from ops.add_norm import add_norm, relu_dropout
 from ops.jagged import JaggedTensor
@@ -28,11 +29,9 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class MemoryView:
-    """Which decoder sequences look at which part of whose memory.
-
-    offsets: [B+1] int64; the sequences offsets[b] to offsets[b+1] - 1 belong to user b, at most `max_sequences`.
-    key_limits: [S * M] int64, how many of the user's memory tokens each decoder position sees.
-    """
+    """Which decoder sequences look at which part of whose memory. offsets: [B+1] int64; the sequences offsets[b] to
+    offsets[b+1] - 1 belong to user b, at most `max_sequences`. key_limits: [S * M] int64, how many of the user's memory
+    tokens each decoder position sees."""
 
     offsets: Tensor
     max_sequences: int
@@ -46,20 +45,16 @@ class MemoryView:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Tokens decoded before, and which of them each sequence continues.
-
-    layers: each decoder layer's keys and values [R, 2, H, D]. places: [S, P] int64, where each sequence's tokens are.
-    """
+    """Tokens decoded before, and which of them each sequence continues. layers: each decoder layer's keys and values
+    [R, 2, H, D]. places: [S, P] int64, where each sequence's tokens are."""
 
     layers: list[Tensor]
     places: Tensor
 
     @staticmethod
     def extend(cache: "KVCache | None", tokens: list[Tensor], chosen: Tensor) -> "KVCache":
-        """The cache of the next step, whose sequence s continues sequence chosen[s] of the last one.
-
-        tokens: each layer's keys and values [S, 2, H, D] of the last step, `cache` the one it had. chosen: [S'] int64.
-        """
+        """The cache of the next step, whose sequence s continues sequence chosen[s] of the last one. tokens: each
+        layer's keys and values [S, 2, H, D] of the last step, `cache` the one it had. chosen: [S'] int64."""
         if cache is None:
             return KVCache(tokens, chosen[:, None])
         places = torch.cat([cache.places[chosen], chosen[:, None] + len(cache.layers[0])], 1)
@@ -92,56 +87,15 @@ class FeedForward(nn.Module):
         return self.narrow(relu_dropout(self.wide(x), self.dropout if self.training else 0.0))
 
 
-class EncoderBlock(nn.Module):
-    """Self-attention, then feed-forward."""
+class Block(nn.Module):
+    """Self-attention, in a decoder (`cross`) attention to the encoder's memory, then feed-forward."""
 
-    def __init__(self, config: TransformerConfig, last: bool) -> None:
+    def __init__(self, config: TransformerConfig, last: bool, cross: bool) -> None:
         super().__init__()
         self.attention = SelfAttention(config.dim, config.n_heads, config.head_dim)
-        self.ff_norm = AddNorm(config)
-        self.ff = FeedForward(config)
-        self.out_norm = AddNorm(config, last)
-
-    def forward(self, hidden: Tensor, normed: JaggedTensor, bias: Tensor, causal: bool) -> tuple[Tensor, JaggedTensor]:
-        """hidden, normed [T, dim], bias [H, 2R+1] -> hidden, normed."""
-        attended, _ = self.attention(normed, bias, causal)
-        hidden, values = self.ff_norm(hidden, attended)
-        hidden, values = self.out_norm(hidden, self.ff(values))
-        return hidden, normed.with_values(values)
-
-
-class Encoder(nn.Module):
-    """n_layers blocks. The position bias is shared by all layers.
-
-    causal: a token sees only itself and those before it. drop_output: dropout of the result, too, as T5 has it.
-    """
-
-    def __init__(self, config: TransformerConfig, n_layers: int, causal: bool, drop_output: bool) -> None:
-        super().__init__()
-        self.causal = causal
-        self.bias = RelativePositionBias(config.n_heads, bidirectional=not causal)
-        self.input_norm = AddNorm(config)
-        lasts = (drop_output and n == n_layers - 1 for n in range(n_layers))
-        self.blocks = nn.ModuleList(EncoderBlock(config, last) for last in lasts)
-
-    def forward(self, x: JaggedTensor) -> JaggedTensor:
-        """x [T, dim] -> [T, dim], normalized."""
-        bias = self.bias()
-        hidden, values = self.input_norm(None, x.values)
-        normed = x.with_values(values)
-        for block in self.blocks:
-            hidden, normed = block(hidden, normed, bias, self.causal)
-        return normed
-
-
-class DecoderBlock(nn.Module):
-    """Causal self-attention, attention to the encoder's memory, then feed-forward."""
-
-    def __init__(self, config: TransformerConfig, last: bool) -> None:
-        super().__init__()
-        self.attention = SelfAttention(config.dim, config.n_heads, config.head_dim)
-        self.cross_norm = AddNorm(config)
-        self.cross_attention = CrossAttention(config.dim, config.n_heads, config.head_dim)
+        if cross:
+            self.cross_norm = AddNorm(config)
+            self.cross_attention = CrossAttention(config.dim, config.n_heads, config.head_dim)
         self.ff_norm = AddNorm(config)
         self.ff = FeedForward(config)
         self.out_norm = AddNorm(config, last)
@@ -150,23 +104,46 @@ class DecoderBlock(nn.Module):
         self,
         hidden: Tensor,
         normed: JaggedTensor,
-        users: JaggedTensor,
-        memory: JaggedTensor,
-        key_limits: Tensor,
-        bias: Tensor,
-        cache: tuple[Tensor, Tensor] | None,
+        causal: bool,
+        bias: Tensor | None = None,
+        cache: tuple[Tensor, Tensor] | None = None,
+        cross: tuple[JaggedTensor, JaggedTensor, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, JaggedTensor, Tensor]:
-        """The last M positions of S sequences; see `Decoder.forward`.
+        """hidden, normed [T, dim], bias [H, 2R+1], cache: see `SelfAttention` -> hidden, normed, and the tokens' keys
+        and values [T, 2, H, D].
 
-        hidden, normed [S * M, dim], rows of sequences; users: the same positions as rows of users; bias [H, 2R+1], of
-        the memory's tokens. -> hidden, normed, and the positions' keys and values [S * M, 2, H, D].
+        cross: the same tokens as rows of users, the users' memory, its bias [H, 2R+1], and `MemoryView.key_limits`.
         """
-        attended, seen = self.attention(normed, causal=normed.max_length > 1, cache=cache)
-        hidden, values = self.cross_norm(hidden, attended)
-        attended = self.cross_attention(users.with_values(values), memory, bias, key_limits)
+        attended, seen = self.attention(normed, bias, causal, cache)
+        if cross is not None:
+            users, *memory = cross
+            hidden, values = self.cross_norm(hidden, attended)
+            attended = self.cross_attention(users.with_values(values), *memory)
         hidden, values = self.ff_norm(hidden, attended)
         hidden, values = self.out_norm(hidden, self.ff(values))
         return hidden, normed.with_values(values), seen
+
+
+class Encoder(nn.Module):
+    """n_layers blocks. The position bias is shared by all layers. causal: a token sees only itself and those before it.
+    drop_output: dropout of the result, too, as T5 has it."""
+
+    def __init__(self, config: TransformerConfig, n_layers: int, causal: bool, drop_output: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.bias = RelativePositionBias(config.n_heads, bidirectional=not causal)
+        self.input_norm = AddNorm(config)
+        lasts = (drop_output and n == n_layers - 1 for n in range(n_layers))
+        self.blocks: ModuleList[Block] = ModuleList(Block(config, last, cross=False) for last in lasts)
+
+    def forward(self, x: JaggedTensor) -> JaggedTensor:
+        """x [T, dim] -> [T, dim], normalized."""
+        bias = self.bias()
+        hidden, values = self.input_norm(None, x.values)
+        normed = x.with_values(values)
+        for block in self.blocks:
+            hidden, normed, _ = block(hidden, normed, self.causal, bias)
+        return normed
 
 
 class Decoder(nn.Module):
@@ -181,7 +158,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.bias = RelativePositionBias(config.n_heads, bidirectional=False)
         self.input_norm = AddNorm(config)
-        self.blocks = nn.ModuleList(DecoderBlock(config, last=n == n_layers - 1) for n in range(n_layers))
+        lasts = (n == n_layers - 1 for n in range(n_layers))
+        self.blocks: ModuleList[Block] = ModuleList(Block(config, last, cross=True) for last in lasts)
 
     def memory(self, encoded: JaggedTensor) -> list[JaggedTensor]:
         """Each layer's keys and values [T, 2, H, D] of the encoded history [T, dim], computed once per user."""
@@ -190,16 +168,15 @@ class Decoder(nn.Module):
     def forward(
         self, x: Tensor, memory: list[JaggedTensor], view: MemoryView, cache: KVCache | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """The last M positions of S sequences, where some sequences belong to each user.
-
-        x: [S, M, dim]. cache: of the positions before, where M = 1.
-        Returns the normalized stream [S, M, dim] and each layer's keys and values [S * M, 2, H, D] of its positions.
-        """
+        """The last M positions of S sequences, where some sequences belong to each user. x: [S, M, dim]. cache: of the
+        positions before, where M = 1. Returns the normalized stream [S, M, dim] and each layer's keys and values [S *
+        M, 2, H, D] of its positions."""
         normed, users, bias = JaggedTensor.uniform(x), view.rows(x), self.bias()
         hidden, values = self.input_norm(None, normed.values)
         normed, tokens = normed.with_values(values), []
         for i, block in enumerate(self.blocks):
-            layer = (memory[i], view.key_limits, bias, (cache.layers[i], cache.places) if cache is not None else None)
-            hidden, normed, seen = block(hidden, normed, users, *layer)
+            before = (cache.layers[i], cache.places) if cache is not None else None
+            cross = users, memory[i], bias, view.key_limits
+            hidden, normed, seen = block(hidden, normed, normed.max_length > 1, cache=before, cross=cross)
             tokens.append(seen)
         return normed.values.view(x.shape), tokens

@@ -26,10 +26,8 @@ def _mix(x):
 
 @triton.jit
 def _kept(seed, rows, columns, threshold):
-    """Whether dropout keeps each number: its random 32 bits are not below the threshold.
-
-    A number's bits are a hash of its column and of a key, a hash of its row; both mix in half of the seed.
-    """
+    """Whether dropout keeps each number: its random 32 bits are not below the threshold. A number's bits are a hash of
+    its column and of a key, a hash of its row; both mix in half of the seed."""
     seed = tl.load(seed)
     key = _mix(rows.to(tl.uint32) ^ seed.to(tl.uint32)) + (seed >> 32).to(tl.uint32)
     return _mix(_mix(key) + columns.to(tl.uint32) * 0x9E3779B9) >= threshold
@@ -108,19 +106,11 @@ def _dropout(p: float) -> tuple[int, float]:
 
 @torch.library.custom_op("retrieval::add_norm", mutates_args=())
 def add_norm(
-    x: Tensor | None,
-    branch: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    p: float,
-    last: bool,
-    eps: float,
+    x: Tensor | None, branch: Tensor, weight: Tensor, seed: Tensor | None, p: float, last: bool, eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """hidden, in the dtype of x (of branch without x), and normed in `dtype`; both [..., D]; see `ops.add_norm`.
-
-    seed: [2] int64, None for no dropout.
-    """
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """hidden, in the dtype of x (of branch without x), and normed in `dtype`; both [..., D]; see `ops.add_norm`. seed:
+    [2] int64, None for no dropout."""
     branch = branch.contiguous()
     x = x.contiguous() if x is not None else None
     hidden = torch.empty_like(branch if x is None else x)
@@ -142,17 +132,9 @@ def _(x, branch, weight, seed, p, last, eps, dtype):
 
 @torch.library.custom_op("retrieval::add_norm_backward", mutates_args=())
 def add_norm_backward(
-    hidden: Tensor,
-    weight: Tensor,
-    seed: Tensor | None,
-    grad_hidden: Tensor | None,
-    grad_normed: Tensor,
-    p: float,
-    last: bool,
-    eps: float,
-    branch_dtype: torch.dtype,
-    has_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, seed: Tensor | None, grad_hidden: Tensor | None, grad_normed: Tensor, p: float,
+    last: bool, eps: float, branch_dtype: torch.dtype, has_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x (empty without it), branch and weight."""
     width = hidden.shape[-1]
     n_rows = hidden.numel() // width

@@ -40,7 +40,7 @@ def _constants(
     }
 
 
-def _parts(query: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(query: Tensor, memory: Tensor | None) -> tuple[Tensor, ...]:
     """Queries, keys and values, views [T, H, D]."""
     return query.unbind(1) if memory is None else (query, *memory.unbind(1))
 
@@ -52,17 +52,9 @@ def _addressable(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @torch.library.custom_op("jagged::attention", mutates_args=())
 def attention(
-    query: Tensor,
-    memory: Tensor | None,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    max_query: int,
-    max_key: int,
-    bias: Tensor | None = None,
-    key_limits: Tensor | None = None,
-    causal: bool = False,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, memory: Tensor | None, query_offsets: Tensor, key_offsets: Tensor, max_query: int, max_key: int,
+    bias: Tensor | None = None, key_limits: Tensor | None = None, causal: bool = False, scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ops.attention.jagged_attention`. Returns out [Tq, H, D], lse [H, Tq] float32, in units of log 2, and the
     ranges of `key_ranges`.
 
@@ -102,22 +94,10 @@ def _(query, memory, query_offsets, key_offsets, max_query, max_key, bias=None, 
 
 @torch.library.custom_op("jagged::attention_backward", mutates_args=())
 def attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    memory: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    ranges: Tensor,
-    query_offsets: Tensor,
-    key_offsets: Tensor,
-    max_query: int,
-    max_key: int,
-    bias: Tensor | None,
-    key_limits: Tensor | None,
-    causal: bool,
-    scale: float,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, query: Tensor, memory: Tensor | None, out: Tensor, lse: Tensor, ranges: Tensor,
+    query_offsets: Tensor, key_offsets: Tensor, max_query: int, max_key: int, bias: Tensor | None,
+    key_limits: Tensor | None, causal: bool, scale: float, bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, memory (empty without it) and bias [H, 2R+1] float32 (empty without `bias_grad`)."""
     grad_query, grad_memory = (query.new_empty(t.shape if t is not None else 0) for t in (query, memory))
     grads = _parts(grad_query, grad_memory if memory is not None else None)
@@ -125,7 +105,7 @@ def attention_backward(
     query_offsets, key_offsets = query_offsets.contiguous(), key_offsets.contiguous()
     total, heads, _ = query.shape
     if not (total and len(key)):
-        grad_bias = lse.new_zeros(bias.shape) if bias_grad else lse.new_empty(0)
+        grad_bias = lse.new_zeros(bias.shape) if bias is not None and bias_grad else lse.new_empty(0)
         return grad_query.zero_(), grad_memory.zero_(), grad_bias
     constants = _constants(query, memory, max_query, max_key, bias, key_limits)
     block = constants["BLOCK_M"]
@@ -151,7 +131,7 @@ def attention_backward(
         heads, total, len(key), own.stride, own.radius, own.reach, scale,
         **constants, LIMITED=key_limits is not None,
     )  # fmt: skip
-    if not bias_grad:
+    if bias is None or not bias_grad:
         return grad_query, grad_memory, lse.new_empty(0)
     return grad_query, grad_memory, bias_gradient(parts.sum(0), bias, constants, own.radius, own.reach)
 

@@ -131,9 +131,7 @@ def backward_query_kernel(
     BIAS_GRAD: tl.constexpr, RIGHT: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """delta, dq, and this program's part of dbias. A program takes every so-many-th block of queries at one head.
-
-    RIGHT: there are visible keys to the right of the diagonal. FAR: see `Bias`.
-    """
+    RIGHT: there are visible keys to the right of the diagonal. FAR: see `Bias`."""
     head = tl.program_id(0) % n_heads
     query, key, value, out = query + head * D, key + head * D, value + head * D, out + head * D
     grad_out, grad_query = grad_out + head * D, grad_query + head * D

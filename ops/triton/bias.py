@@ -18,7 +18,7 @@ SPAN = 64  # distances whose gradients a program sums
 @triton.jit
 def place_of(a, b, A: tl.constexpr):
     """Where the pair (a, b) of a block of A rows lies in memory: pairs are in the order in which the tensor cores leave
-    a product in a warp's registers, 16 rows a warp and 8 columns at a time, four numbers of a thread side by side."""
+    a product in a warp's registers, 16 rows per warp and 8 columns at a time, four numbers of a thread side by side."""
     tile = b // 8 * (A // 16) + a // 16
     lane = a % 8 * 4 + b % 8 // 2
     return (tile * 32 + lane) * 4 + a // 8 % 2 * 2 + b % 2

@@ -1,9 +1,9 @@
-"""Attention of one new token a sequence to itself and to those before it, which several sequences share.
+"""Attention of one new token per sequence to itself and to those before it, which several sequences share.
 
     out[s] = sum_p softmax_p(scale * q[s].k_p) v_p,   over the keys and values cache[places[s, p]] and the token's own
 
 Beams that continue the same prefix have the same places, so nothing is copied when beams are chosen. It reads each
-query, key and value once a sequence, and writes the result.
+query, key and value once per sequence, and writes the result.
 """
 
 import torch

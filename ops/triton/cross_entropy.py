@@ -75,16 +75,9 @@ def _rows(
 
 @torch.library.custom_op("retrieval::cross_entropy_", mutates_args=("logits",))
 def cross_entropy_(
-    logits: Tensor,
-    N: int,
-    targets: Tensor,
-    smoothing: float,
-    first: Tensor | None,
-    last: Tensor | None,
-    items: Tensor | None,
-    bias: Tensor | None,
-    gradients: bool,
-) -> Tensor:
+    logits: Tensor, N: int, targets: Tensor, smoothing: float, first: Tensor | None, last: Tensor | None,
+    items: Tensor | None, bias: Tensor | None, gradients: bool,
+) -> Tensor:  # fmt: skip
     """[2, P] float32, the losses and, where gradients are wanted, each one's gradient of the bias, of logits
     [P, width], contiguous, of which the first N columns count. They are overwritten, where gradients are wanted by the
     gradient of their row's loss. targets [P]; first, last, items and bias as in `ops.cross_entropy.Seen`."""

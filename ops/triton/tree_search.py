@@ -3,7 +3,7 @@
 The logits are products of a query with the vectors of a node's children alone, however many nodes there are. They lie
 in memory between both kernels: so each node has a program that reads its vectors, and a user's choice starts with all.
 
-The best are chosen in one program a user, which keeps the scores of all children in registers. By bisection over the
+The best are chosen in one program per user, which keeps the scores of all children in registers. By bisection over the
 integers that order floats it looks for a bound that `count` of them or somewhat more pass, writes those to memory, and
 ranks them by comparing each with each. Of equal ones the first are chosen, so that the result is defined.
 """

@@ -6,9 +6,10 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from common.files import aside, folder_aside, lock, write_file
+from common.files import aside, folder_aside, lock, write_file, write_rows
 from tests.pipeline import REPOSITORY
 
 HOLD = """
@@ -82,13 +83,12 @@ import resource, signal, sys
 from pathlib import Path
 import numpy as np
 import polars as pl
-from common.files import aside, folder_aside, write_file
+from common.files import folder_aside, write_file, write_rows
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 def array(path):
-    with aside(path) as part:
-        np.save(part, np.zeros(5000))
+    write_rows(path, 5000, np.zeros((5, 1000, 3)))
 
 def table(path):
     with folder_aside(path) as part:
@@ -100,6 +100,13 @@ for n, write in enumerate([lambda path: write_file(path, bytes(5000)), array, ta
     except OSError as error:
         print(error)
 """
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int64"])
+def test_rows_are_what_numpy_writes(tmp_path, dtype):
+    values = np.arange(60).reshape(10, 6).astype(dtype)
+    write_rows(path := tmp_path / "a.npy", 10, (values[start : start + 3, ::2] for start in range(0, 10, 3)))
+    np.testing.assert_array_equal(np.load(path, mmap_mode="r"), values[:, ::2], strict=True)
 
 
 def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(tmp_path):

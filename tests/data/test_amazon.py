@@ -181,7 +181,7 @@ def test_items_without_metadata_and_users_out_of_order(tmp_path):
     assert corpus.texts() == ["Unknown item.", "Blue.", "Unknown item."]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=6), st.randoms())
 def test_any_sequences_come_back(tmp_path, rows, random):
     numbers = list(range(1, len(rows) + 1))

@@ -3,7 +3,7 @@ from collections import Counter, defaultdict
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.schemas import Interactions
@@ -44,7 +44,6 @@ n_items = 6
 rows_strategy = st.lists(st.lists(st.integers(0, n_items - 1), max_size=9), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(rows_strategy, st.data())
 def test_the_rankings_are_those_of_counting(rows, data):
     cuts = [data.draw(st.integers(0, len(row))) for row in rows]

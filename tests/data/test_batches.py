@@ -33,7 +33,7 @@ def to_rows(jagged: JaggedTensor) -> list[list[int]]:
     return rows
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(users_strategy, st.integers(1, 60), st.sampled_from(["every_prefix", "windows", "test"]), st.data())
 def test_a_batch_is_what_slicing_gives(rows, max_items, rule, data):
     interactions = to_interactions(rows)
@@ -58,7 +58,7 @@ def test_a_batch_is_what_slicing_gives(rows, max_items, rule, data):
     assert batch.history.values.dtype == batch.targets.values.dtype == batch.user.dtype == torch.int64
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(users_strategy, st.integers(1, 60), st.data())
 def test_every_position_is_the_target_of_what_came_before_it(rows, max_items, data):
     """The contract of SeqBatch: target i of row b followed the first n_b - m_b + 1 + i items of the history."""
@@ -86,7 +86,7 @@ def test_every_position_is_the_target_of_what_came_before_it(rows, max_items, da
             assert target == user[before] and history[: seen + i] == user[position - length : before]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(users_strategy, st.integers(1, 10))
 def test_consumed_is_all_that_came_before_the_target(rows, max_items):
     interactions = to_interactions(rows)
@@ -98,7 +98,7 @@ def test_consumed_is_all_that_came_before_the_target(rows, max_items):
     assert to_rows(batch.consumed) == [row[:-1] for row in rows if len(row) >= 3]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5))
 def test_in_order_covers_each_sample_once_over_the_ranks(n, batch_size, world_size):
     interactions = to_interactions([[user, user, user] for user in range(n)])
@@ -109,7 +109,7 @@ def test_in_order_covers_each_sample_once_over_the_ranks(n, batch_size, world_si
     assert [user for b in source.in_order(batch_size) for user in b.user.tolist()] == list(range(n))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.integers(0, 5), max_size=9), min_size=1, max_size=5))
 def test_what_occurs_again_in_a_row_is_marked(rows):
     interactions = to_interactions(rows)
@@ -117,7 +117,7 @@ def test_what_occurs_again_in_a_row_is_marked(rows):
     assert found.tolist() == [-1 if item in row[:n] else item for row in rows for n, item in enumerate(row)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(users_strategy, st.integers(1, 10), st.booleans(), st.data())
 def test_what_a_target_has_seen_is_each_item_before_it_once(rows, max_items, every_position, data):
     interactions = to_interactions(rows)
@@ -137,6 +137,19 @@ def test_what_a_target_has_seen_is_each_item_before_it_once(rows, max_items, eve
             assert sorted(seen) == sorted(set(rows[user][:before]))
             place += 1
     assert place == len(batch.targets.values) == len(first) == len(last)
+
+
+def test_a_source_with_other_samples_is_one_of_its_own_that_shares_the_items():
+    splits = leave_one_out(to_interactions([[3, 1, 4, 1, 5], [9, 2, 6], [5, 3]]))
+    source = SequenceSource(splits.interactions, windows(splits.train_lengths, 4), 4, CPU, every_position=True)
+    before = len(source)
+    other = source.with_samples(splits.test)
+    fresh = SequenceSource(splits.interactions, splits.test, 4, CPU)
+    for mine, own in zip(other.in_order(8), fresh.in_order(8), strict=True):
+        assert to_rows(mine.history) == to_rows(own.history) == [[3, 1, 4, 1], [9, 2]]
+        assert mine.targets.values.tolist() == own.targets.values.tolist() == [5, 6]
+        assert to_rows(mine.consumed) == to_rows(own.consumed)
+    assert other._items is source._items and len(source) == before and source.every_position
 
 
 @pytest.mark.parametrize("every_position", [True, False])
@@ -161,7 +174,7 @@ def test_padding_rows_make_up_the_size_and_leave_the_samples_as_they_are(every_p
         assert filled.target_weights.tolist() == [1.0] * n_targets + [0.0] * (len(filled.targets.values) - n_targets)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 5000), st.integers(1, 50), st.data())
 def test_a_batch_is_filled_up_by_less_than_the_padding_rows_can_hold(batch_size, max_items, data):
     n_items, padding = data.draw(st.integers(1, batch_size * max_items)), padding_rows(batch_size)
@@ -177,7 +190,7 @@ def test_padding_rows_may_be_longer_than_the_data():
     assert len(batch.history.values) == 20 and int(batch.target_weights.sum()) == 5
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(users_strategy, st.integers(1, 8), st.integers(1, 6))
 def test_filled_batches_hold_each_sample_once_and_have_few_shapes(rows, max_items, batch_size):
     interactions = to_interactions(rows)

@@ -60,7 +60,7 @@ def vectors_by_hand(counts: np.ndarray, dim: int) -> np.ndarray:
 rows_strategy = st.lists(st.lists(st.integers(0, N_ITEMS - 1), min_size=1, max_size=12), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows_strategy, st.integers(1, 14), st.data())
 def test_counts_are_those_of_a_double_loop(rows, window, data):
     items = np.array([item for row in rows for item in row], dtype=np.int32)

@@ -96,7 +96,7 @@ corpora = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(corpora)
 def test_a_saved_corpus_loads_as_it_was(drawn):
     rows = [sorted(row, key=lambda pair: pair[1]) for row in drawn["rows"]]

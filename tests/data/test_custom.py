@@ -49,7 +49,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(events, st.booleans())
 def test_every_kind_of_file_gives_the_sequences_of_sorting_by_time(drawn, drop_duplicates):
     rows = [{"who": user, "what": f"i,{item}", "when": time} for user, item, time in drawn]
@@ -70,7 +70,7 @@ def test_every_kind_of_file_gives_the_sequences_of_sorting_by_time(drawn, drop_d
             assert corpus.item_keys == list(dict.fromkeys(row["what"] for row in rows))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=40), st.integers(2, 4))
 def test_the_k_core_is_what_removing_row_by_row_leaves(pairs, k):
     left = list(pairs)
@@ -176,6 +176,11 @@ def test_json_objects_are_histories_by_user_and_rows_by_item(tmp_path):
         ('{"5": []}', " must hold an object of lists"),
         ("[[2]]", " must hold an object of lists"),
         ('{"5": [2', " can't be read as JSON: "),
+        ('{"5": ' + "[" * 100_000, " can't be read as JSON: "),
+        ('{"5": [2], "5": [10]}', " can't be read as JSON: '5' is in it twice"),
+        ('{"5": [2, [10]]}', ", row 2: 'item' must be a text or number, not a list"),
+        ('{"5": [2, {"id": 10}]}', ", row 2: 'item' must be a text or number, not an object"),
+        ('{"5": ["\\ud800"]}', ": "),
     ):
         inter.write_text(content)
         with pytest.raises(ValueError, match=re.escape(f"{inter}{message}")):
@@ -189,6 +194,17 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     output = capsys.readouterr().out
     for count, why in ((1, "with items that are not in the catalogue"), (1, "that repeat another"), (2, "outside")):
         assert f"left out {count} of 6 rows {why}" in output
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    for name, content in (
+        ("a.csv", HEAD + "u,a,1\n"),
+        ("a.inter", "user:token\titem:token\ttimestamp:float\nu\ta\t1\n"),
+        ("a.jsonl", '{"user": "u", "item": "a", "timestamp": 1}\n'),
+        ("a.json", '{"u": ["a"]}'),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert histories(CustomData("mine", str(tmp_path / name)).read()) == {"u": ["a"]}
 
 
 def test_a_history_of_ten_thousand_items(tmp_path):
@@ -258,6 +274,17 @@ def test_other_files_and_parameters_are_refused(tmp_path):
         ("events.jsonl", b'{"user": "u"\n', "line 1, row 1: no JSON"),
         ("events.jsonl", b'{"user": "\xff"}\n', "line 1, row 1: the bytes are not UTF-8"),
         ("events.parquet", b"PAR1", "can't be read as parquet"),
+        ("events.jsonl", b"\n", "holds no row"),
+        (
+            "events.jsonl",
+            b'{"user": "u\\u0000", "item": "a", "timestamp": "\\ud800"}\n',
+            "a text holds half a surrogate pair",
+        ),
+        ("events.csv", HEAD.encode("utf-16"), "line 1, the header: the bytes are not UTF-8"),
+        ("events.inter", b"a:token\n".decode().encode("utf-16"), "line 1, the header: the bytes are not UTF-8"),
+        ("events.csv", b"user,item,timestamp\ru,a,1\r", "line 1, the header: lines must end with"),
+        ("events.csv", b"user, item,timestamp\n", "has no column 'item'; its columns are user, ' item', timestamp"),
+        ("events.csv", b"user,item,timestamp,item\nu,a,1,b\n", "two columns are called 'item'"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -268,8 +295,10 @@ def test_other_files_and_parameters_are_refused(tmp_path):
         CustomData("mine", f"{tmp_path}/events.csv", f"{tmp_path}/items.parquet", category_column="title").read()
     with pytest.raises(FileNotFoundError, match="nowhere.csv is missing"):
         CustomData("mine", str(tmp_path / "nowhere.csv")).read()
-    for name in ("", "a/b", "..", ".x"):
-        with pytest.raises(ValueError, match="usable as the name of a folder"):
+    with pytest.raises(ValueError, match="'user' can't be the column of two things, of user, user, timestamp"):
+        CustomData("mine", str(tmp_path / "events.csv"), item_column="user").read()
+    for name in ("", "a/b", "..", ".x", "a\0", "x" * 101):
+        with pytest.raises(ValueError, match="must do as a folder's name"):
             CustomData(name)
     (tmp_path / "events.csv").write_text(HEAD + "u,a,1\n")
     with pytest.raises(ValueError, match="columns of CustomData.items"):

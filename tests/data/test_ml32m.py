@@ -132,7 +132,7 @@ raw_files = st.lists(st.integers(1, 50), min_size=1, max_size=5, unique=True).fl
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(raw_files)
 def test_any_files_are_read_as_row_by_row(raw):
     with tempfile.TemporaryDirectory() as name:

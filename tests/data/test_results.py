@@ -1,7 +1,5 @@
 """Tables that are written chunk by chunk, and what a failure leaves of them."""
 
-import resource
-
 import numpy as np
 import polars as pl
 import pytest
@@ -57,16 +55,10 @@ def test_what_was_written_before_a_failure_stays_whole_and_marked(suffix, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_a_full_disk_leaves_whole_chunks(suffix, tmp_path):
-    """Files end after 2,000 bytes here."""
+def test_a_full_disk_leaves_whole_chunks(suffix, tmp_path, small_disk):
     path, rows = tmp_path / f"out{suffix}", [{"user": texts(["a"])}, {"user": texts([f"{n}" for n in range(10_000)])}]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        with pytest.raises(OSError, match="out.* can't be written: .*File too large"):
-            write_table(path, rows)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with small_disk(2000), pytest.raises(OSError, match="File too large: '.*out"):
+        write_table(path, rows)
     part = partial_path(path)
     assert [found.name for found in tmp_path.iterdir()] == [part.name]
     read = {".csv": pl.read_csv, ".jsonl": pl.read_ndjson, ".parquet": pl.read_parquet}[suffix]

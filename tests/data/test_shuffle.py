@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from data.shuffle import Shuffler, derive_seed
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.integers(1, 100), st.integers(1, 120))
 def test_an_epoch_repeats_nothing_and_leaves_out_less_than_a_batch(seed, n, batch_size):
     shuffler = Shuffler(n, batch_size, seed)
@@ -24,7 +24,7 @@ def test_an_epoch_repeats_nothing_and_leaves_out_less_than_a_batch(seed, n, batc
         assert len(set(drawn)) == len(drawn) > n - size and set(drawn) <= set(range(n))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 50), st.integers(1, 60), st.lists(st.integers(0, 200), min_size=1, max_size=9))
 def test_a_draw_depends_on_the_step_alone(n, batch_size, steps):
     used = Shuffler(n, batch_size, seed=7)

@@ -28,7 +28,7 @@ def pairs(samples: Samples) -> list[tuple[int, int]]:
     return list(zip(samples.user.tolist(), samples.position.tolist(), strict=True))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lengths_strategy)
 def test_leave_one_out_is_the_last_and_the_one_before(lengths):
     splits = leave_one_out(make(lengths))
@@ -41,7 +41,7 @@ def test_leave_one_out_is_the_last_and_the_one_before(lengths):
         assert samples.slack.tolist() == [0] * len(long)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=12))
 def test_every_prefix_is_each_training_position_but_the_first(train_lengths):
     samples = every_prefix(torch.tensor(train_lengths))
@@ -49,7 +49,7 @@ def test_every_prefix_is_each_training_position_but_the_first(train_lengths):
     assert pairs(samples) == expected and samples.slack.tolist() == [0] * len(expected)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lengths_strategy, st.integers(1, 60))
 def test_windows_make_each_training_interaction_but_the_first_a_target_once(lengths, max_items):
     interactions = make(lengths)
@@ -66,7 +66,7 @@ def test_windows_make_each_training_interaction_but_the_first_a_target_once(leng
     assert torch.bincount(samples.user, minlength=len(lengths)).tolist() == fewest
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lengths_strategy, st.integers(1, 60), st.data())
 def test_windows_slide_within_the_training_data_only(lengths, max_items, data):
     interactions = make(lengths)
@@ -87,7 +87,7 @@ def test_windows_slide_within_the_training_data_only(lengths, max_items, data):
             assert values and first <= min(values) and max(values) <= last
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=9), st.integers(1, 30), st.data())
 def test_whatever_is_drawn_for_a_user_each_target_is_covered_once(train_lengths, max_items, data):
     samples = windows(torch.tensor(train_lengths), max_items)
@@ -120,7 +120,7 @@ def with_times(rows: list[list[int]]) -> Interactions:
     return Interactions(interactions.items, interactions.offsets, times)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(timed, st.sampled_from([(0.1, 0.1), (0.2, 0.3), (0.45, 0.5), (0.01, 0.02)]))
 def test_the_temporal_split_cuts_all_users_at_the_same_two_times(rows, shares):
     every = sorted(time for row in rows for time in row)
@@ -134,7 +134,7 @@ def test_the_temporal_split_cuts_all_users_at_the_same_two_times(rows, shares):
             if later and later[0] > 0:
                 expected[name].append((user, later[0]))
     if not all(expected.values()):
-        with pytest.raises(ValueError, match="leaves no user"):
+        with pytest.raises(ValueError, match="leave no user"):
             temporal(with_times(rows), *shares)
         return
     splits = temporal(with_times(rows), *shares)
@@ -143,7 +143,7 @@ def test_the_temporal_split_cuts_all_users_at_the_same_two_times(rows, shares):
     assert splits.name.startswith("temporal ") and splits.name.endswith(" %")
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(timed, st.integers(0, 2**32))
 def test_what_comes_after_the_cut_reaches_neither_features_nor_training_batches(rows, seed):
     """Two corpora that differ only in which items come from the first cut on."""
@@ -174,7 +174,7 @@ def test_what_comes_after_the_cut_reaches_neither_features_nor_training_batches(
         assert torch.equal(one, other)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(timed, st.integers(0, 2**32 - 1))
 def test_shuffled_ties_stay_with_their_user_and_moment_and_are_split(rows, seed):
     interactions = with_times(rows)

@@ -16,7 +16,7 @@ tag = st.tuples(st.integers(-1, 2), st.integers(0, N_ITEMS - 1), st.integers(0, 
 row = st.lists(st.tuples(st.integers(0, 40), st.integers(0, N_ITEMS - 1)), min_size=1, max_size=9).map(sorted)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(row, min_size=3, max_size=3), st.lists(tag, max_size=60), st.booleans())
 def test_texts_get_what_lies_before_the_cut_and_is_not_about_what_is_evaluated(rows, given_tags, by_time):
     flat = [pair for row in rows for pair in row]

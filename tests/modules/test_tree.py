@@ -28,7 +28,7 @@ def by_prefix(codes: torch.Tensor) -> list[dict[tuple[int, ...], list[int]]]:
     return depths
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(catalogues())
 def test_nodes_are_the_prefixes_and_children_those_one_code_longer(codes):
     tree, depths = Tree.build(codes), by_prefix(codes)
@@ -46,7 +46,7 @@ def test_nodes_are_the_prefixes_and_children_those_one_code_longer(codes):
     assert tree.level_sizes == tuple(codes.amax(0) + 1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(catalogues())
 def test_leaves_are_the_items(codes):
     tree, depths = Tree.build(codes), by_prefix(codes)
@@ -60,7 +60,7 @@ def test_leaves_are_the_items(codes):
     assert {array.dtype for array in arrays} == {torch.int32}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(catalogues(), st.sampled_from([torch.float16, torch.float32, torch.float64]))
 def test_means_are_over_the_items_below_a_node(codes, dtype):
     tree, values = Tree.build(codes), torch.randn(len(codes), 3).to(dtype)
@@ -71,7 +71,7 @@ def test_means_are_over_the_items_below_a_node(codes, dtype):
         torch.testing.assert_close(means.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_nodes_of_another_tree_are_found_by_prefix(data):
     levels = data.draw(st.integers(1, 4))
@@ -93,7 +93,7 @@ def test_items_with_equal_codes_are_named():
         Tree.build(codes)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(catalogues(), st.data())
 def test_the_digest_tells_the_codes_of_every_item(codes, data):
     digest = Tree.build(codes).digest

@@ -65,7 +65,7 @@ rows_strategy = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_si
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows_strategy, st.integers(0, 2), st.sampled_from([None, 0, 2, 9]), st.booleans(), st.data())
 def test_attention_is_that_of_each_row_alone(rows, slack, radius, limited, data):
     queries, keys = (list(column) for column in zip(*rows, strict=True))

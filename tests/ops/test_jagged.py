@@ -11,7 +11,7 @@ lengths_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 DIM = 3
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lengths_strategy)
 def test_rows_have_lengths_offsets_and_positions(lengths):
     rows = [torch.randn(length, DIM) for length in lengths]
@@ -26,7 +26,7 @@ def test_rows_have_lengths_offsets_and_positions(lengths):
     assert torch.equal(doubled.offsets, joined.offsets) and torch.equal(split(doubled)[-1], rows[-1] * 2)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lengths_strategy, st.integers(0, 3))
 def test_padding_and_back(lengths, slack):
     rows = random_rows(lengths, DIM, slack=slack)

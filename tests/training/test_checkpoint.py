@@ -2,7 +2,6 @@ import builtins
 import errno
 import itertools
 import os
-import resource
 import shutil
 import subprocess
 
@@ -31,11 +30,17 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+def trained_state(steps: int) -> tuple[nn.Module, dict]:
+    """A model, and its optimizer's state."""
+    model, optimizer = trained(steps)
+    return model, optimizer.state_dict()
+
+
 def saved(folder, steps, best=(), keep: int = 3) -> Checkpoints:
     """Checkpoints after the given numbers of steps, each of its own weights."""
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.save(step, *trained(step), {"best": {"ndcg": step}}, step in best)
+        checkpoints.save(step, *trained_state(step), {"best": {"ndcg": step}}, step in best)
     return checkpoints
 
 
@@ -74,7 +79,7 @@ def test_the_newest_stay_and_the_best_one_of_each_ones_time(tmp_path):
     assert names(tmp_path) == {"LAST", "BEST", *(f"step_0000000{step}" for step in (1, 3, 4, 5))}
     assert checkpoints.marked("LAST").name == "step_00000005"
     assert checkpoints.marked("BEST").name == checkpoints.best().name == "step_00000004"
-    checkpoints.save(6, *trained(6), {})
+    checkpoints.save(6, *trained_state(6), {})
     assert names(tmp_path) == {"LAST", "BEST", *(f"step_0000000{step}" for step in (4, 5, 6))}
 
 
@@ -116,7 +121,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_taken(tmp_path, caps
     assert_goes_on_from(checkpoints, 1)
     message = capsys.readouterr().err
     assert "step_00000002 is damaged" in message and "going on from step_00000001" in message
-    checkpoints.save(2, *trained(2), {})
+    checkpoints.save(2, *trained_state(2), {})
     assert_goes_on_from(checkpoints, 2)
     assert capsys.readouterr().err == ""
 
@@ -135,7 +140,7 @@ def test_a_checkpoint_after_a_damaged_one_replaces_it(tmp_path):
     checkpoints = saved(tmp_path, [1, 5])
     (tmp_path / "step_00000005" / MODEL).write_bytes(b"")
     checkpoints.resume(checkpoints.newest())
-    checkpoints.save(3, *trained(3), {})
+    checkpoints.save(3, *trained_state(3), {})
     assert names(tmp_path) == {"LAST", "step_00000001", "step_00000003"}
 
 
@@ -237,7 +242,7 @@ def test_a_failure_at_any_write_leaves_a_checkpoint_to_go_on_from(tmp_path, kill
             with pytest.MonkeyPatch.context() as patch:
                 faults = Faults(patch, n, kill)
                 try:
-                    checkpoints.save(3, model, optimizer, {"best": {"ndcg": 3}}, best=True)
+                    checkpoints.save(3, model, optimizer.state_dict(), {"best": {"ndcg": 3}}, best=True)
                 except OSError:
                     return True
             return faults.left <= 0  # mkdir may fail where the folder is there already
@@ -247,7 +252,7 @@ def test_a_failure_at_any_write_leaves_a_checkpoint_to_go_on_from(tmp_path, kill
         content = checkpoints.resume(newest)
         assert_goes_on_from(checkpoints, content.state["step"])
         assert checkpoints.best().name == {2: "step_00000001", 3: "step_00000003"}[content.state["step"]]
-        checkpoints.save(4, *trained(4), {})
+        checkpoints.save(4, *trained_state(4), {})
         assert_goes_on_from(checkpoints, 4)
         assert not [name for name in names(folder) if name.startswith(".step") or name.startswith(".removed")]
         if not failed:
@@ -265,16 +270,11 @@ def in_child(save) -> bool:
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 200, 290, 500, 800])
-def test_a_file_that_the_system_cuts_off_is_an_error(tmp_path, size):
+def test_a_file_that_the_system_cuts_off_is_an_error(tmp_path, small_disk, size):
     """The real thing: the kernel takes no more than `size` bytes a file."""
     checkpoints = saved(tmp_path, [1])
     contents = [len((tmp_path / "step_00000001" / name).read_bytes()) for name in FILES]
     assert max(contents) > 800
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            checkpoints.save(2, *trained(2), {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with small_disk(size), pytest.raises(OSError, match="File too large"):
+        checkpoints.save(2, *trained_state(2), {})
     assert_goes_on_from(checkpoints, 1)

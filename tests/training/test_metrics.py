@@ -45,7 +45,7 @@ users_strategy = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(users_strategy, st.lists(st.integers(0, N_ITEMS - 1), max_size=4))
 def test_exact_ranks_are_those_of_sorting_with_the_target_last_of_its_equals(users, padding):
     scores, targets, consumed = (list(column) for column in zip(*users, strict=True))
@@ -67,7 +67,7 @@ def test_scores_that_are_not_finite_are_never_in_favour_of_the_target(score, ran
     assert [int(own) for own in exact_ranks(scores, torch.tensor([1]), none)] == [rank, rank]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=12), st.sets(st.integers(1, 15), min_size=1, max_size=4))
 def test_the_figures_are_those_of_their_definitions(ranks, ks):
     result = ranking_metrics(torch.tensor(ranks), tuple(ks))
@@ -98,7 +98,7 @@ def test_nothing_to_evaluate_is_refused():
         ranking_metrics(torch.zeros(0, dtype=torch.int64), (5,))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 30)), min_size=1, max_size=20))
 def test_a_breakdown_has_the_figures_of_each_group_alone(users):
     ranks, lengths = (torch.tensor(column) for column in zip(*users, strict=True))
@@ -152,7 +152,7 @@ def test_the_interval_and_the_share_are_those_of_scipys_paired_bootstrap(monkeyp
     assert paired_bootstrap(b[0], b[0], 10)["ndcg@10"] == {"difference": 0, "low": 0, "high": 0, "not_better": 1}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.integers(-1, 8), min_size=3, max_size=3), max_size=5))
 def test_items_that_occur_are_those_in_the_lists(lists):
     found = occurring(torch.tensor(lists, dtype=torch.int64).view(-1, 3), 9)
@@ -165,7 +165,7 @@ codes_strategy = st.integers(1, 3).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(codes_strategy, st.integers(5, 8))
 def test_usage_counts_codes_and_perplexity_is_that_of_scipy(rows, size):
     usage = codebook_usage(torch.tensor(rows), size)
@@ -176,7 +176,7 @@ def test_usage_counts_codes_and_perplexity_is_that_of_scipy(rows, size):
         assert usage[f"perplexity_{level}"] == pytest.approx(expected, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(codes_strategy)
 def test_collisions_count_items_that_share_their_codes(rows):
     counts = Counter(rows)

@@ -30,7 +30,7 @@ def test_the_page_shows_all_and_fetches_nothing(tmp_path, monkeypatch):
     held_out = HeldOut.of(Recommender(pipeline), [[str(n), str((n + 1) % N)] for n in range(N)])
     rows = [{"step": step, "split": "train", "loss": 2.0 - step} for step in (1, 2)]
     rows += [{"step": 2, "split": "valid", "recall@10": 0.5, "ndcg@10": 0.25}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "spl')
     page.write_page(tmp_path / "page.html", "a <run>", pipeline, first_codes(pipeline), tmp_path, held_out)
     html = (tmp_path / "page.html").read_text()
 

@@ -18,7 +18,7 @@ def test_every_figure_stands_in_its_row_and_column(capsys, tmp_path, excluded, p
     figures = all_figures(ranks, groups, (1, 5, 10, 20), n_items=19)
     metrics = {f"test/{key}": value for key, value in figures.items()}
     metrics |= {"valid/recall@10": 0.25, "valid/ndcg@10": 0.125}
-    retrieval_table(metrics, "leave-one-out", excluded, tmp_path, show=True)
+    retrieval_table(metrics, "leave-one-out", excluded, tmp_path)
     lines = capsys.readouterr().out.splitlines()
 
     def cells(start: str) -> list[list[str]]:

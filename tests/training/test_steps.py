@@ -64,5 +64,5 @@ def test_a_batch_is_shared_out_among_micro_steps(tmp_path):
     assert [len(index) for index, _ in shares] == [4, 4, 3]
     assert torch.equal(torch.cat([index for index, _ in shares]), first)
     assert torch.equal(torch.cat([other for _, other in shares]), second)
-    with pytest.raises(ValueError, match="does not go round 12 shares"):
+    with pytest.raises(ValueError, match="is too small for 12 shares"):
         make(tmp_path, gradient_accumulate_every=12)

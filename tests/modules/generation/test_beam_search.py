@@ -88,7 +88,7 @@ def test_beams_do_not_die_in_a_consumed_cluster(decoder_layers):
     assert not torch.isin(found, consumed).any()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_k_items_come_whenever_k_are_left(data):
     n = data.draw(st.integers(1, 40), "items")

@@ -37,7 +37,7 @@ def changes(draw) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     return torch.tensor(before), torch.tensor([*(before[n] for n in stay), *new]), stay + [-1] * len(new)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(changes(), st.sampled_from(PARTS))
 def test_vectors_follow_items_and_prefixes_and_new_rows_are_zero(change, parts):
     before, after, items = change

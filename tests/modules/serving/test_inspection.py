@@ -21,7 +21,7 @@ from tests.modules.serving.test_recommender import RECOMMENDER
 
 
 @given(st.integers(1, 30), st.integers(0, 99), st.integers(1, 8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_neighbours_have_the_longest_common_prefixes(n_items, seed, k):
     codes, _ = random_catalogue(n_items, seed)
     item, rows = seed % n_items, codes.tolist()
@@ -37,7 +37,7 @@ LABELS = st.lists(st.tuples(st.sets(st.sampled_from("abcdef")), st.integers(0, 2
 
 
 @given(LABELS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_typical_labels_are_those_with_the_largest_likelihood_ratio(items):
     labels, groups = zip(*items, strict=True)
     found = typical(labels, groups, 3)

@@ -84,7 +84,7 @@ keys = st.integers(-2, N + 1)  # some outside the catalogue
 key_sets = st.one_of(st.none(), st.sets(keys, max_size=N))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_best_of_what_is_left_come_whatever_the_filters(data):
     """Exact, and by so many beams that nothing is lost; then by few beams, which find as many items."""

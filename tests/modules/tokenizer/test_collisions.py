@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from modules.tokenizer.collisions import colliding_items, number_groups, resolve_collisions
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 10_000))
 def test_each_item_in_turn_takes_its_best_free_code(n, levels, size, n_candidates, seed):
     generator = torch.Generator().manual_seed(seed)

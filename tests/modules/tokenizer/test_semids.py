@@ -10,13 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from modules.tokenizer.semids import (
-    SemanticIds,
-    features_digest,
-    lexicographic_order,
-    load_item_features,
-    rank_within_equal,
-)
+from modules.tokenizer.semids import SemanticIds, features_digest, load_item_features, rank_within_equal
+from modules.tree import lexicographic_order
 
 rows_strategy = st.integers(1, 3).flatmap(
     lambda levels: st.lists(st.tuples(*[st.integers(0, 2)] * levels), min_size=1, max_size=40)
@@ -33,7 +28,7 @@ def make(rows: list[tuple[int, ...]] = CODES, **changed) -> SemanticIds:
     return dataclasses.replace(made, **changed)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(rows_strategy)
 def test_a_level_counts_the_earlier_items_with_the_same_codes_where_there_are_any(rows):
     seen, ranks = Counter(), []
@@ -133,7 +128,7 @@ def test_parts_that_contradict_each_other_are_refused(changed):
         make(**changed)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(*[st.sampled_from([0, 1, 5, 2**30, 2**31 - 1])] * 3), max_size=30), st.booleans())
 def test_lexicographic_order_is_that_of_sorted_tuples(rows, wide):
     """Codes that fit in one key together, and codes that don't."""

@@ -185,7 +185,7 @@ def choose(name: str, arguments: tuple, fanout: int, count: int, share_dead: flo
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 3), st.integers(1, 5), st.integers(1, 12),
     st.booleans(), st.sampled_from([0.0, 0.4, 1.0]),
