@@ -12,6 +12,7 @@ bandwidth.
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -27,15 +28,14 @@ TOP, REPEATS = 10, 3
 
 
 @torch.no_grad()
-def searcher(model: EncoderDecoderRetrievalModel, beams: int | None, args) -> Replay:
-    """Longest history, item ids [T], offsets [B+1] -> best items [B, TOP]; beams: None ranks the whole catalogue."""
+def searcher(model: EncoderDecoderRetrievalModel, beams: int | None, args) -> Callable[[JaggedTensor], torch.Tensor]:
+    """Histories -> best items [B, TOP]; beams: None ranks the whole catalogue."""
     device, half = torch.device(args.device), args.dtype == "bfloat16"
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         vectors = model.vectors()
 
     @torch.no_grad()
-    def best(longest: int, items: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        history = JaggedTensor(items, offsets, longest)
+    def best(history: JaggedTensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             if beams is None:
                 found = whole_catalogue(model, history, vectors, history)
@@ -43,7 +43,7 @@ def searcher(model: EncoderDecoderRetrievalModel, beams: int | None, args) -> Re
                 found = beam_search(model, history, vectors, beams, history)
         return found.best(model.item_share, TOP).items
 
-    return Replay(best, [], device, device.type == "cuda")
+    return best
 
 
 def multiplied(model: EncoderDecoderRetrievalModel, beams: int | None) -> tuple[int, int]:
@@ -56,14 +56,15 @@ def multiplied(model: EncoderDecoderRetrievalModel, beams: int | None) -> tuple[
 def throughput(
     model: EncoderDecoderRetrievalModel, beams: int | None, batch_size: int, args, rate: float | None
 ) -> None:
-    device, search, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.users)
-    source = SequenceSource(data, last_of_each(data), MAX_ITEMS, device)
+    device, best, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.users)
+    source, gpu = SequenceSource(data, last_of_each(data), MAX_ITEMS, device), device.type == "cuda"
+    search = Replay(lambda sizes, *plan: best(source.data.planned(sizes, *plan).history), [], device, gpu)
 
     def batch_times() -> list[float]:
         """Seconds of each batch of one round, drawn and generated one after another."""
         marks = [mark(device)]
-        for batch in source.in_order(batch_size, filled=device.type == "cuda"):
-            search(batch.history.max_length, batch.history.values, batch.history.offsets)
+        for plan in source.plans(batch_size, filled=gpu):
+            search(*plan)
             marks.append(mark(device))
         return seconds_between(marks)
 
@@ -81,9 +82,10 @@ def throughput(
 
 def latency(model: EncoderDecoderRetrievalModel, beams: int | None, args, bandwidth: float | None) -> None:
     """Of one user after another, from a history on the host to items on the host."""
-    device, search, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.one_by_one)
-    source = SequenceSource(data, last_of_each(data), MAX_ITEMS, torch.device("cpu"))
-    batches = [batch.history for batch in source.in_order(1, filled=device.type == "cuda")]
+    device, best, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.one_by_one)
+    source, gpu = SequenceSource(data, last_of_each(data), MAX_ITEMS, torch.device("cpu")), device.type == "cuda"
+    search = Replay(lambda longest, items, offsets: best(JaggedTensor(items, offsets, longest)), [], device, gpu)
+    batches = [batch.history for batch in source.in_order(1, filled=gpu)]
     for history in batches[:20]:
         search(history.max_length, history.values, history.offsets)
     times = []

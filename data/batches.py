@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,85 @@ from ops.jagged import JaggedTensor, lengths_to_offsets, row_indices
 CONSUMED_BUCKET = 16  # items per row: a batch's consumed items are filled up to a multiple of them
 
 
+class Sizes(NamedTuple):
+    """Of a batch: items of its histories, consumed items, the most of one row, and padding rows."""
+
+    n_items: int
+    n_consumed: int
+    longest: int
+    padding: int
+
+
+class SequenceData:
+    """Interactions on a device, to make batches of. max_items: a history is the last max_items before a target."""
+
+    def __init__(self, interactions: Interactions, max_items: int, device: torch.device) -> None:
+        self.max_items, self.device = max_items, device
+        self._items = interactions.items.to(device)
+        self._first = first_occurrences(JaggedTensor(self._items, interactions.offsets.to(device), max_items))
+
+    def batch(
+        self,
+        user: Tensor,
+        starts: Tensor,
+        position: Tensor,
+        lengths: Tensor,
+        n_items: int,
+        padding: int,
+        every_position: bool,
+    ) -> SeqBatch:
+        """B histories of the items before `position`, counted from the user's first interaction, which is row `starts`:
+        `lengths` items, n_items in all, or fewer, for which `padding` more rows make up. All of them [B] int64."""
+        ends, n_samples = starts + position, len(user)
+        if padding:
+            places = torch.arange(padding, device=self.device) * self.max_items
+            filled = (n_items - lengths.sum() - places).clamp(0, self.max_items)
+            lengths, ends = torch.cat([lengths, filled]), torch.cat([ends, filled])
+            user, starts = F.pad(user, (0, padding)), F.pad(starts, (0, padding))
+        history, rows = self._slice(ends, lengths, n_items, self.max_items)
+        next_rows = (rows + 1 if every_position else ends).clamp_max(len(self._items) - 1)
+        next_items = self._items[next_rows].long()
+        if every_position:
+            of = row_indices(history.offsets, n_items)
+            starts = torch.where(of < n_samples, starts[of], next_rows)  # padding rows have seen nothing
+        targets = history.with_values(next_items) if every_position else JaggedTensor.uniform(next_items[:, None])
+        weights = None
+        if padding:
+            real = torch.arange(len(user), device=self.device) < n_samples
+            weights = real[row_indices(targets.offsets, len(targets.values))].float()
+        return SeqBatch(user, history, targets, None, weights, (starts, next_rows, self._first))
+
+    def planned(self, sizes: Sizes, samples: Tensor, n_real: Tensor) -> SeqBatch:
+        """A batch of `SequenceSource.in_order`, no step of which waits for the device. samples: [3, B] int64: users,
+        starts and positions as of `batch`. n_real: [], how many of them count."""
+        user, starts, position = samples.unbind()
+        lengths = position.clamp_max(self.max_items)
+        batch = self.batch(user, starts, position, lengths, sizes.n_items, sizes.padding, every_position=False)
+        lengths = F.pad(position, (0, sizes.padding))
+        ends = F.pad(starts, (0, sizes.padding)) + lengths
+        if sizes.padding:
+            spare = sizes.n_consumed - lengths.sum()  # of the first padding row
+            lengths[len(user)], ends[len(user)] = spare, spare
+            rows = row_indices(batch.targets.offsets, len(batch.targets.values))
+            batch = replace(batch, target_weights=batch.weights.masked_fill(rows >= n_real, 0.0))
+        return replace(batch, consumed=self._slice(ends, lengths, sizes.n_consumed, sizes.longest)[0])
+
+    def _slice(self, ends: Tensor, lengths: Tensor, total: int, max_length: int) -> tuple[JaggedTensor, Tensor]:
+        """The `lengths` items before the rows `ends`, and their rows. Shape: [B] -> rows of item ids, [T]."""
+        offsets = lengths_to_offsets(lengths)
+        user = row_indices(offsets, total)
+        rows = ends[user] - offsets[user + 1] + torch.arange(total, device=self.device)
+        items = self._items[rows.clamp_max(len(self._items) - 1)]  # padding rows may ask for more than there are
+        return JaggedTensor(items.long(), offsets, max_length), rows
+
+
 class SequenceSource:
     """Draws batches of samples of one split.
 
     interactions, samples: the data; its items move to `device` once.
     max_items: the history is the up to `max_items` items before the target.
     every_position: each item of the window is a target given those before it, not only the last.
+    data: what makes the batches, and knows nothing of the samples.
     """
 
     def __init__(
@@ -33,12 +107,11 @@ class SequenceSource:
         every_position: bool = False,
     ) -> None:
         self.interactions, self.device, self.max_items = interactions, device, max_items
-        self._items = interactions.items.to(device)
-        self._first = first_occurrences(JaggedTensor(self._items, interactions.offsets.to(device), max_items))
+        self.data = SequenceData(interactions, max_items, device)
         self._draw_from(samples, every_position)
 
     def with_samples(self, samples: Samples) -> "SequenceSource":
-        """A source of other samples of the same data, whose items it shares; a target is the last of each alone."""
+        """A source of other samples of the same data, which it shares; a target is the last of each alone."""
         source = copy.copy(self)
         source._draw_from(samples, every_position=False)
         return source
@@ -76,58 +149,31 @@ class SequenceSource:
             n_items, index = self.n_items(index, uniform), index.to(self.device)
             uniform = None if uniform is None else uniform.to(self.device)
         position, lengths = drawn(self._samples, index, uniform, self.max_items)
-        starts = self._starts[index]
-        ends = starts + position
-        user = self._samples.user[index]
-        if padding:
-            places = torch.arange(padding, device=self.device) * self.max_items
-            filled = (n_items - lengths.sum() - places).clamp(0, self.max_items)
-            lengths, ends = torch.cat([lengths, filled]), torch.cat([ends, filled])
-            user, starts = F.pad(user, (0, padding)), F.pad(starts, (0, padding))
-        history, rows = self._slice(ends, lengths, n_items, self.max_items)
-        next_rows = (rows + 1 if self.every_position else ends).clamp_max(len(self._items) - 1)
-        next_items = self._items[next_rows].long()
-        if self.every_position:
-            of = row_indices(history.offsets, n_items)
-            starts = torch.where(of < len(index), starts[of], next_rows)  # padding rows have seen nothing
-        targets = history.with_values(next_items) if self.every_position else JaggedTensor.uniform(next_items[:, None])
-        weights = None
-        if padding:
-            real = torch.arange(len(user), device=self.device) < len(index)
-            weights = real[row_indices(targets.offsets, len(targets.values))].float()
-        return SeqBatch(user, history, targets, None, weights, (starts, next_rows, self._first))
-
-    def _slice(self, ends: Tensor, lengths: Tensor, total: int, max_length: int) -> tuple[JaggedTensor, Tensor]:
-        """The `lengths` items before the rows `ends`, and their rows. Shape: [B] -> rows of item ids, [T]."""
-        offsets = lengths_to_offsets(lengths)
-        user = row_indices(offsets, total)
-        rows = ends[user] - offsets[user + 1] + torch.arange(total, device=self.device)
-        items = self._items[rows.clamp_max(len(self._items) - 1)]  # padding rows may ask for more than there are
-        return JaggedTensor(items.long(), offsets, max_length), rows
+        user, starts = self._samples.user[index], self._starts[index]
+        return self.data.batch(user, starts, position, lengths, n_items, padding, self.every_position)
 
     def in_order(self, batch_size: int, rank: int = 0, world_size: int = 1, filled: bool = False) -> Iterator[SeqBatch]:
-        """Every sample once, in order, with consumed items; process `rank` gets every world_size-th batch. filled:
-        samples and items are filled up, so that most batches have equal shapes, without waiting for the device: by the
-        first samples, whose targets have weight 0 then, and by padding rows (see `batch`)."""
+        """Every sample once, in order, one target each, with consumed items; process `rank` gets every world_size-th
+        batch. filled: samples and items are filled up, so that most batches have equal shapes: by the first samples,
+        whose targets have weight 0 then, and by padding rows (see `batch`)."""
+        for sizes, samples, n_real in self.plans(batch_size, rank, world_size, filled):
+            yield self.data.planned(sizes, samples.to(self.device), n_real.to(self.device))
+
+    def plans(
+        self, batch_size: int, rank: int = 0, world_size: int = 1, filled: bool = False
+    ) -> Iterator[tuple[Sizes, Tensor, Tensor]]:
+        """Arguments of `SequenceData.planned`, on the host, for each batch of `in_order`."""
+        n_samples = min(batch_size, len(self)) if filled else 0
+        padding = padding_rows(n_samples) if filled else 0
         for start in range(rank * batch_size, len(self), batch_size * world_size):
             index = torch.arange(start, min(start + batch_size, len(self)))
-            yield self._with_consumed(index, min(batch_size, len(self)) if filled else 0)
-
-    def _with_consumed(self, index: Tensor, n_samples: int) -> SeqBatch:
-        """n_samples: to be filled up to, 0: not at all."""
-        n_real, padding = len(index), padding_rows(n_samples) if n_samples else 0
-        index = torch.cat([index, torch.arange(max(n_samples - n_real, 0)) % len(self)])
-        on_device, position = index.to(self.device, non_blocking=True), self.samples.position[index]
-        batch = self.batch(on_device, None, bucket_size(self.n_items(index), padding, self.max_items), padding)
-        total, longest = bucket_size(int(position.sum()), n_samples, CONSUMED_BUCKET), int(position.max())
-        lengths = F.pad(self._samples.position[on_device], (0, padding))
-        ends = F.pad(self._starts[on_device], (0, padding)) + lengths
-        if padding:
-            spare, longest = total - lengths.sum(), total  # of the first padding row
-            lengths[n_samples], ends[n_samples] = spare, spare
-            rows = row_indices(batch.targets.offsets, len(batch.targets.values))
-            batch = replace(batch, target_weights=batch.weights.masked_fill(rows >= n_real, 0.0))
-        return replace(batch, consumed=self._slice(ends, lengths, total, longest)[0])
+            n_real = torch.tensor(len(index))
+            index = torch.cat([index, torch.arange(max(n_samples - len(index), 0)) % len(self)])
+            user, position = self.samples.user[index], self.samples.position[index]
+            n_items = bucket_size(self.n_items(index), padding, self.max_items)
+            n_consumed = bucket_size(int(position.sum()), n_samples, CONSUMED_BUCKET)
+            sizes = Sizes(n_items, n_consumed, n_consumed if filled else int(position.max()), padding)
+            yield sizes, torch.stack([user, self.interactions.offsets[user], position]), n_real
 
 
 def padding_rows(batch_size: int) -> int:

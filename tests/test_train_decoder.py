@@ -65,13 +65,13 @@ def test_the_run_folder_keeps_the_contract(trained):
 
 def test_the_test_split_is_read_once_after_training(trained, tmp_path, monkeypatch):
     seen = []
-    original = SequenceSource.in_order
+    original = SequenceSource.plans
 
     def recorded(self, *args):
         seen.append(int(self.samples.position.sum()))
         return original(self, *args)
 
-    monkeypatch.setattr(SequenceSource, "in_order", recorded)
+    monkeypatch.setattr(SequenceSource, "plans", recorded)
     run(trained, "decoder", "train.iterations = 20", f'train.save_dir_root = "{tmp_path}"')
     test_sum = max(seen)  # test positions lie one after the validation positions
     once = [True] * 5  # two baselines, the model's ranks, those of its beams, and its lists

@@ -1,13 +1,13 @@
 """Evaluation of a retriever: the rank of every user's target, among all items and among those not yet consumed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from common.schemas import RankedItems, SeqBatch
-from data.batches import SequenceSource, first_occurrences
+from data.batches import SequenceData, SequenceSource, Sizes
 from modules.embedding import Vectors
 from modules.generation.beam_search import Candidates, beam_search, whole_catalogue
 from modules.model import EncoderDecoderRetrievalModel
@@ -18,6 +18,7 @@ from training.replay import Replay
 
 MAX_SCORES = 2**27  # of a batch, where beams are compared with the exact ranking
 SHARES = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)  # of the item head in the score, among which validation chooses
+Planned = tuple[SequenceData, Sizes]  # what is the same for batches of equal shapes
 
 
 class Evaluation:
@@ -53,9 +54,8 @@ class Evaluation:
         """Mean of the training loss, without dropout, over all samples of the source."""
         self._prepare()
         total = torch.zeros(2, dtype=torch.float64, device=self._accelerator.device)
-        for _, batch in self._batches(source):
-            inputs = *_flat(batch.history), batch.targets.values, batch.weights, *_flat(batch.consumed)
-            total += self._loss(batch.history.max_length, *inputs)
+        for _, (sizes, *plan) in self._plans(source):
+            total += self._loss((source.data, sizes), *plan)
         self.model.train()
         loss, count = self._accelerator.reduce(total, "sum").tolist()
         return loss / count
@@ -63,22 +63,16 @@ class Evaluation:
     def ranks(self, source: SequenceSource) -> Tensor:
         """Of each sample's target, from 0, for each of `shares` and of `PROTOCOLS`: [shares, 2, S] int64, on the CPU;
         N where it is not among the candidates, or consumed and thus no candidate."""
+        return self._of_samples(source, (len(self.shares), 2), self._ranks)
 
-        def found(batch: SeqBatch) -> Tensor:
-            inputs = *_flat(batch.history), batch.targets.values, *_flat(batch.consumed)
-            return self._ranks(batch.history.max_length, *inputs)
-
-        return self._of_samples(source, (len(self.shares), 2), found)
-
-    def _of_samples(
-        self, source: SequenceSource, shape: tuple[int, ...], found: Callable[[SeqBatch], Tensor]
-    ) -> Tensor:
-        """What `found` says of the samples of each batch, [*shape, B] int64: [*shape, S], on the CPU."""
+    def _of_samples(self, source: SequenceSource, shape: tuple[int, ...], found: Callable[..., Tensor]) -> Tensor:
+        """What `found` says of the samples of each batch, [*shape, B] int64: [*shape, S], on the CPU. Its arguments are
+        those of `SequenceData.planned`, whose data and sizes come as one."""
         self._prepare()
         result = torch.zeros(*shape, len(source), dtype=torch.int64, device=self._accelerator.device)
-        for start, batch in self._batches(source):
+        for start, (sizes, *plan) in self._plans(source):
             count = min(self.batch_size, len(source) - start)
-            result[..., start : start + count] = found(batch)[..., :count]
+            result[..., start : start + count] = found((source.data, sizes), *plan)[..., :count]
         self.model.train()
         return self._accelerator.reduce(result, "sum").cpu()
 
@@ -114,7 +108,12 @@ class Evaluation:
 
     def lists(self, source: SequenceSource, k: int, new: bool) -> Tensor:
         """The k best items of each sample by both heads: [S, k] int64, on the CPU, -1 where there are fewer."""
-        return self._of_samples(source, (k,), lambda batch: self.best(batch, k, new).items.T).T
+
+        def found(planned: Planned, samples: Tensor, n_real: Tensor) -> Tensor:
+            batch = self._batch(planned, samples.to(source.device), n_real.to(source.device))
+            return self.best(batch, k, new).items.T
+
+        return self._of_samples(source, (k,), found).T
 
     @torch.no_grad()
     def best(self, batch: SeqBatch, k: int, new: bool) -> RankedItems:
@@ -135,42 +134,44 @@ class Evaluation:
         for place, fresh in zip(_tensors(self._vectors), _tensors(vectors), strict=True):
             place.copy_(fresh)
 
-    def _batches(self, source: SequenceSource):
-        """This process's batches of a source with one target a sample, and the first sample of each."""
+    def _plans(self, source: SequenceSource) -> Iterator[tuple[int, tuple[Sizes, Tensor, Tensor]]]:
+        """The first sample of each of this process's batches of a source with one target a sample, and its plan."""
         place, n = self._accelerator.process_index, self._accelerator.num_processes
-        batches = source.in_order(self.batch_size, place, n, self._recorded)
-        return ((self.batch_size * (place + n * i), batch) for i, batch in enumerate(batches))
+        plans = source.plans(self.batch_size, place, n, self._recorded)
+        return ((self.batch_size * (place + n * i), plan) for i, plan in enumerate(plans))
+
+    @staticmethod
+    def _batch(planned: Planned, samples: Tensor, n_real: Tensor) -> SeqBatch:
+        data, sizes = planned
+        return data.planned(sizes, samples, n_real)
 
     @torch.no_grad()
-    def _batch_loss(
-        self, longest: int, items: Tensor, offsets: Tensor, targets: Tensor, weights: Tensor, *consumed: Tensor
-    ) -> Tensor:
-        """Sum of the losses of the users that count, and their number: [2] float64. consumed: values and offsets."""
-        history, targets = JaggedTensor(items, offsets, longest), JaggedTensor.uniform(targets[:, None])
-        before = _rows(*consumed)
-        seen = before.offsets[:-1], before.offsets[1:], first_occurrences(before)
+    def _batch_loss(self, planned: Planned, samples: Tensor, n_real: Tensor) -> Tensor:
+        """Sum of the losses of the users that count, and their number: [2] float64."""
+        batch = self._batch(planned, samples, n_real)
         with self._accelerator.autocast():  # here, so that a recording holds its own casts of the weights
-            loss = self.model(SeqBatch(offsets[:-1], history, targets, None, weights, seen)).loss
-        count = weights.sum(dtype=torch.float64)
+            loss = self.model(batch).loss
+        count = batch.weights.sum(dtype=torch.float64)
         return torch.stack([loss.double() * count, count])
 
     @torch.no_grad()
-    def _exact_ranks(self, longest: int, items: Tensor, offsets: Tensor, targets: Tensor, *consumed: Tensor) -> Tensor:
-        """See `ranks`; consumed: values and offsets."""
-        history, left_out = JaggedTensor(items, offsets, longest), _rows(*consumed)
+    def _exact_ranks(self, planned: Planned, samples: Tensor, n_real: Tensor) -> Tensor:
+        """See `ranks`."""
+        batch = self._batch(planned, samples, n_real)
+        left_out, targets = consumed(batch), batch.targets.values
         with self._accelerator.autocast():
-            found = whole_catalogue(self.model, history, self._vectors, left_out)
+            found = whole_catalogue(self.model, batch.history, self._vectors, left_out)
         ranks = [torch.stack(exact_ranks(found.scores(share), targets, left_out)) for share in self.shares]
         return torch.stack(ranks)
 
     @torch.no_grad()
-    def _beam_ranks(self, longest: int, items: Tensor, offsets: Tensor, targets: Tensor, *consumed: Tensor) -> Tensor:
-        """See `ranks`; consumed: values and offsets."""
-        history, left_out = JaggedTensor(items, offsets, longest), _rows(*consumed)
-        missing, ranks = self.model.tree.n_items, []
+    def _beam_ranks(self, planned: Planned, samples: Tensor, n_real: Tensor) -> Tensor:
+        """See `ranks`."""
+        batch = self._batch(planned, samples, n_real)
+        left_out, targets, missing, ranks = consumed(batch), batch.targets.values, self.model.tree.n_items, []
         for new in (False, True):
             with self._accelerator.autocast():
-                found = beam_search(self.model, history, self._vectors, self.beams, left_out, new)
+                found = beam_search(self.model, batch.history, self._vectors, self.beams, left_out, new)
             ranks.append(torch.stack([candidate_ranks(found, share, targets, missing) for share in self.shares]))
         return torch.stack(ranks, 1)
 
@@ -183,13 +184,9 @@ def candidate_ranks(found: Candidates, share: float, targets: Tensor, missing: i
     return torch.where(hit.any(1), (scores >= own).sum(1) - 1, missing)
 
 
-def _flat(rows: JaggedTensor | None) -> tuple[Tensor, Tensor]:
-    assert rows is not None  # outside training a batch knows what was consumed
-    return rows.values, rows.offsets
-
-
-def _rows(values: Tensor, offsets: Tensor) -> JaggedTensor:
-    return JaggedTensor(values, offsets, len(values))
+def consumed(batch: SeqBatch) -> JaggedTensor:
+    assert batch.consumed is not None  # outside training a batch knows what was consumed
+    return batch.consumed
 
 
 def _tensors(vectors: Vectors) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Steps of training as CUDA graphs: recorded once for each shape, then replayed without the host in between."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ class Replay:
         self._recordings: dict[tuple, Recording] | None = {} if recorded else None
         self.recording = 0.0  # seconds spent on it
 
-    def __call__(self, size: int, *inputs: Tensor) -> Tensor:
+    def __call__(self, size: Hashable, *inputs: Tensor) -> Tensor:
         """inputs: on any device."""
         if self._recordings is None:
             return self._function(size, *(tensor.to(self._device) for tensor in inputs))
@@ -78,7 +78,7 @@ class Replay:
             parameter.grad = gradient if old is None else gradient.add_(old) if gradient is not None else old
         return recording.output
 
-    def _record(self, size: int, inputs: tuple[Tensor, ...]) -> Recording:
+    def _record(self, size: Hashable, inputs: tuple[Tensor, ...]) -> Recording:
         """Leaves the random numbers to come and the state as they were, and no gradients."""
         random, before = torch.cuda.get_rng_state(self._device), [tensor.clone() for tensor in self._state]
         places = [tensor.to(self._device, copy=True) for tensor in inputs]

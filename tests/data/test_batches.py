@@ -149,7 +149,7 @@ def test_a_source_with_other_samples_is_one_of_its_own_that_shares_the_items():
         assert to_rows(mine.history) == to_rows(own.history) == [[3, 1, 4, 1], [9, 2]]
         assert mine.targets.values.tolist() == own.targets.values.tolist() == [5, 6]
         assert to_rows(mine.consumed) == to_rows(own.consumed)
-    assert other._items is source._items and len(source) == before and source.every_position
+    assert other.data is source.data and len(source) == before and source.every_position
 
 
 @pytest.mark.parametrize("every_position", [True, False])

@@ -18,8 +18,8 @@ N_ITEMS, N_USERS, MAX_ITEMS = 30, 19, 5
 class Filled(SequenceSource):
     """Batches as they are filled up for recording."""
 
-    def in_order(self, batch_size, rank=0, world_size=1, filled=False):
-        return super().in_order(batch_size, rank, world_size, filled=True)
+    def plans(self, batch_size, rank=0, world_size=1, filled=False):
+        return super().plans(batch_size, rank, world_size, filled=True)
 
 
 def stub(device: str, half: bool = False, rank: int = 0, world_size: int = 1) -> SimpleNamespace:
