@@ -56,8 +56,8 @@ class TfidfSvd:
         try:
             terms = vectorizer.fit_transform(texts)
         except ValueError as error:
-            rule = f"is so high that no word is in that many of the {len(texts)} texts"
-            raise ValueError(f"TfidfSvd.min_df = {self.min_df} {rule}") from error
+            rule = f"no word is in that many of the {len(texts)} texts; lower it if it is above 1"
+            raise ValueError(f"TfidfSvd.min_df = {self.min_df}: {rule}") from error
         if self.dim >= min(terms.shape):
             raise ValueError(
                 f"TfidfSvd.dim = {self.dim} does not fit {terms.shape[0]} texts with {terms.shape[1]} terms: "

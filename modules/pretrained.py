@@ -26,7 +26,10 @@ def save_pretrained(model: nn.Module, config: dict, folder: str | Path) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file by way of `common.files.aside`, without a copy in memory of what lies on the CPU."""
     with aside(path) as part:
+        part.touch()  # with the permissions of every new file; those of save_file's are 0600
+        mode = part.stat().st_mode
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
+        part.chmod(mode)
 
 
 def load_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+ALIGNED = 4  # numbers of 4 bytes: what kernels read at once
 
 
 class FlatParameters:
@@ -18,7 +19,7 @@ class FlatParameters:
     They can still be read, saved and loaded in place, but not moved or cast. A part without a gradient counts as one
     with gradient 0: unlike torch's, an optimizer's weight decay and momentum move it.
     parameters: those without `requires_grad` are left out; if none are left, `flat` is empty and gets no gradient.
-    flat: [sum of the sizes, and zeros up to a multiple of n_shares], on the device and in the dtype of the parameters,
+    flat: [sum of the sizes, and zeros up to whole stretches], on the device and in the dtype of the parameters,
     which must agree in both. n_shares: the processes of the launch. own: this process's stretch of `flat`, one of
     n_shares of equal size, for an optimizer that updates no more than it; with one process `flat` itself.
     """
@@ -28,8 +29,9 @@ class FlatParameters:
         self.n_shares, self._rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         values = [part.detach().flatten() for part in self._parts]
         self._size = sum(map(len, values))
-        values.append(values[0].new_zeros(-self._size % self.n_shares) if values else torch.empty(0))
-        self.flat = nn.Parameter(torch.cat(values))
+        whole = ALIGNED * self.n_shares if self.n_shares > 1 else 1
+        spare = values[0].new_zeros(-self._size % whole) if values else torch.empty(0)
+        self.flat = nn.Parameter(torch.cat([*values, spare]))
         self.own = self.flat
         if self.n_shares > 1 and self._parts:
             self.own = nn.Parameter(self.flat.detach().chunk(self.n_shares)[self._rank])
@@ -74,9 +76,10 @@ class FlatParameters:
         return result[: self._size]
 
     def share(self, whole: Tensor) -> Tensor:
-        """This process's stretch of what `whole` returned."""
-        padded = F.pad(whole, (0, len(self.flat) - self._size))
-        return padded.chunk(self.n_shares)[self._rank]
+        """This process's stretch of what `whole` returned: a copy, which does not keep the rest in memory."""
+        size = len(self.own)
+        stretch = whole[self._rank * size :][:size]
+        return F.pad(stretch, (0, size - len(stretch)))
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """The parts' places in a tensor as long as `flat`."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 MAX_EXACT = 500_000  # items up to which the whole catalogue is ranked
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**28}  # users x items that are scored at once
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # users x items that are scored at once
 BEAMS = 50
 
 

@@ -34,6 +34,13 @@ def test_what_is_pushed_is_pulled(hub, model):
     assert same(RqVae.from_pretrained("owner/tokenizer"), model)
 
 
+def test_a_saved_model_may_be_read_by_whoever_may_read_any_new_file(model, tmp_path):
+    model.save_pretrained(tmp_path / "folder")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "folder").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_a_folder_is_pushed_again_over_the_old_one(hub, model, tmp_path):
     model.push_to_hub("owner/tokenizer")
     other = RqVae(6, embed_dim=3, hidden_dims=(5,), codebook_size=4)

@@ -1,6 +1,7 @@
 """AdamW shared by processes against torch's own over the whole, and its state on other numbers of processes."""
 
 import os
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -41,27 +42,63 @@ def whole(processes: int) -> tuple[torch.Tensor, list[float], dict]:
     return torch.cat([p.detach().flatten() for p in every]), norms, optimizer.state_dict()
 
 
-def run(process: int, processes: int, file: str, results: mp.SimpleQueue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=process, world_size=processes)
-    model = parts()
+def sharded(model: tuple[nn.Module, nn.Module], state: dict | None = None) -> ShardedAdamW:
+    """That of the processes that there are now, which goes on from a state."""
     flats = [FlatParameters(part.parameters()) for part in model]
-    optimizer, norms = ShardedAdamW(flats, RATE, DECAYS, betas=(0.8, 0.99)), []
-    for step in range(STEPS):
+    optimizer = ShardedAdamW(flats, RATE, DECAYS, betas=(0.8, 0.99))
+    if state is not None:
+        optimizer.load_state_dict(state)
+    return optimizer
+
+
+def make_step(
+    optimizer: ShardedAdamW, model: tuple[nn.Module, nn.Module], step: int, processes: Iterable[int]
+) -> float:
+    """With the gradients of some processes; the norm."""
+    for process in processes:
         gradients(model, step, process)
-        for flat in flats:
+    for flat in optimizer.flats:
+        flat.collect_grads()
+    return float(optimizer.update(MAX_NORM, None))
+
+
+def overflow(last: bool) -> list[tuple[float, bool]]:
+    """Two steps in fp16, in the first of which one number of the last process has an infinite gradient: the loss scale
+    after each, and whether the weights are still those of before."""
+    model = parts()
+    optimizer, before = sharded(model), parts()[0].weight
+    scaler, found = torch.amp.GradScaler("cpu", init_scale=4.0), []
+    scaler.scale(torch.zeros(()))
+    for infinite in (True, False):
+        for p in (p for part in model for p in part.parameters()):
+            p.grad = torch.ones_like(p)
+        if infinite and last:
+            model[1].bias.grad.fill_(torch.inf)
+        for flat in optimizer.flats:
             flat.collect_grads()
-        norms.append(float(optimizer.update(MAX_NORM, None)))
-        state = optimizer.state_dict()
-        again = ShardedAdamW(flats, RATE, DECAYS, betas=(0.8, 0.99))  # goes on from what the one before left
-        again.load_state_dict(state)
-        optimizer = again
-    weights = torch.cat([p.detach().flatten() for part in model for p in part.parameters()])
-    held = [int(optimizer.state[flat.own]["exp_avg"].numel()) for flat in flats]
-    state = optimizer.state_dict()["state"]
-    moments = [state[n]["exp_avg_sq"].tolist() for n in range(2)]
-    results.put((process, weights.tolist(), norms, held, moments))
+        optimizer.update(MAX_NORM, scaler)
+        found.append((scaler.get_scale(), torch.equal(model[0].weight, before)))
+    return found
+
+
+def run(process: int, processes: int, file: str, results: mp.SimpleQueue) -> None:
+    """The first and the last step alone, those between together."""
+    torch.set_num_threads(1)
+    model = parts()
+    optimizer = sharded(model)
+    norms = [make_step(optimizer, model, 0, range(processes))]
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=process, world_size=processes)
+    for step in range(1, STEPS - 1):
+        optimizer = sharded(model, optimizer.state_dict())
+        norms.append(make_step(optimizer, model, step, [process]))
+    held = [optimizer.state[flat.own]["exp_avg"].untyped_storage().nbytes() // 4 for flat in optimizer.flats]
+    state, left_out = optimizer.state_dict(), overflow(process == processes - 1)
     dist.destroy_process_group()
+    optimizer = sharded(model, state)
+    norms.append(make_step(optimizer, model, STEPS - 1, range(processes)))
+    weights = torch.cat([p.detach().flatten() for part in model for p in part.parameters()])
+    moments = [optimizer.state_dict()["state"][n]["exp_avg_sq"].tolist() for n in range(2)]
+    results.put((weights.tolist(), norms, held, moments, left_out))
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -72,10 +109,10 @@ def test_processes_share_what_one_optimizer_would_do(tmp_path, processes):
     results = context.SimpleQueue()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     mp.spawn(run, (processes, str(tmp_path / "group"), results), processes, join=True)
-    for _, found, own_norms, held, moments in [results.get() for _ in range(processes)]:
+    for found, own_norms, held, moments, left_out in [results.get() for _ in range(processes)]:
         torch.testing.assert_close(torch.tensor(found), weights)
         torch.testing.assert_close(torch.tensor(own_norms), torch.tensor(norms))
-        assert held == [-(-18 // processes), -(-4 // processes)]
+        assert held == [-(-18 // (4 * processes)) * 4, 4] and left_out == [(2.0, True), (2.0, False)]
         for n, (moment, numbers) in enumerate(zip(moments, ((0, 1), (2, 3)), strict=True)):
             expected = torch.cat([state["state"][i]["exp_avg_sq"].flatten() for i in numbers])
             torch.testing.assert_close(torch.tensor(moment), expected, msg=f"flat {n}")
@@ -84,13 +121,8 @@ def test_processes_share_what_one_optimizer_would_do(tmp_path, processes):
 def test_one_process_is_torchs_optimizer_and_one_part_can_start_anew():
     weights, norms, _ = whole(1)
     model = parts()
-    flats = [FlatParameters(part.parameters()) for part in model]
-    optimizer, own_norms = ShardedAdamW(flats, RATE, DECAYS, betas=(0.8, 0.99)), []
-    for step in range(STEPS):
-        gradients(model, step, 0)
-        for flat in flats:
-            flat.collect_grads()
-        own_norms.append(float(optimizer.update(MAX_NORM, None)))
+    optimizer = sharded(model)
+    own_norms, flats = [make_step(optimizer, model, step, [0]) for step in range(STEPS)], optimizer.flats
     torch.testing.assert_close(torch.cat([flat.flat.detach() for flat in flats]), weights)
     torch.testing.assert_close(torch.tensor(own_norms), torch.tensor(norms))
     optimizer.forget(flats[0])
