@@ -78,6 +78,9 @@ def guarded(work: Callable[[], object], traceback: bool, part: Path | None = Non
         if os.environ.get("RANK", "0") == "0":
             print(_message(stopped), file=sys.stderr)
         sys.exit(stopped.status)
+    except BrokenPipeError:  # who read the output has enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (KeyboardInterrupt, Exception) as error:
         if traceback:
             raise

@@ -123,3 +123,10 @@ def test_a_wrong_value_of_an_option_is_named(name, count, monkeypatch, capsys):
             script.main()
         said = capsys.readouterr().err.splitlines()[-1]
         assert ended.value.code == 2 and f"argument {option}: invalid" in said and repr(value) in said
+
+
+def test_output_that_nobody_reads_any_more_ends_the_script_in_silence():
+    code = "from training.cli import guarded\nguarded(lambda: [print('line', flush=True) for _ in range(10**6)], False)"
+    command = f'"{sys.executable}" -c "{code}" | head -n 1; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("line\n141\n", "")
