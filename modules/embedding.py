@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from ops.sums import RowSums, sum_rows, take_rows, take_sums
 
 ItemParts = Annotated[tuple[Literal["free", "codes", "nodes", "features"], ...], Field(min_length=1)]
 NodeParts = Annotated[tuple[Literal["free", "codes", "features"], ...], Field(min_length=1)]
+ALIGNED = 8  # what columns of features are padded to a multiple of: a GPU's products of odd widths are slow
 CHUNK = 2**18  # vectors that are made at a time of a catalogue with hashed rows
 FACTORS = (0x2545F4914F6CDD1D, 0x1B873593CC9E2D51)  # odd, of the two hash functions
 
@@ -35,6 +37,8 @@ class VectorSum(nn.Module):
     ) -> None:
         super().__init__()
         self.all_at_once, self.features = all_at_once, features
+        if features is not None and features.is_cuda and features.shape[1] % ALIGNED:
+            self.features = F.pad(features, (0, -features.shape[1] % ALIGNED))
         self.table, self.mlp, self.rows, self.sums = None, None, rows, None
         if rows is not None:
             self.sums = RowSums.of(rows) if all_at_once else None
@@ -67,7 +71,10 @@ class VectorSum(nn.Module):
             assert rows is not None
             return rows
         dtype = stream_dtype(next(self.mlp.parameters()))
-        described = self.mlp(features.to(dtype)).to(dtype)
+        wide, activation, narrow = self.mlp
+        assert isinstance(wide, nn.Linear)
+        weight = F.pad(wide.weight, (0, features.shape[1] - wide.in_features))
+        described = narrow(activation(F.linear(features.to(dtype), weight, wide.bias))).to(dtype)
         return described if rows is None else rows + described
 
 

@@ -35,7 +35,7 @@ def tree_cross_entropy(
         from ops.triton.tree import tree_cross_entropy as kernel
 
         order = parents.argsort(stable=True) if order is None else order
-        return kernel(query, vectors, first_child, parents, targets, order, fanout, smoothing)[0]
+        return kernel(query, vectors, first_child, parents, targets, order, smoothing)[0]
     logits = _child_logits(query, vectors, first_child, parents, fanout)  # [P, fanout]
     first, end = first_child[parents], first_child[parents + 1]
     own = logits.gather(1, (targets - first).long()[:, None])[:, 0]

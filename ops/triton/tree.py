@@ -1,9 +1,9 @@
 """Cross-entropy over the children of a tree's nodes, whose logits are products of a query with their vectors.
 
-Forward, a program reads the vectors of one target's siblings once: the softmax runs along, and so does the mean of the
-vectors under it, from which the query's gradient follows. Backward, a program owns a block of children. The targets
-are sorted by parent, so those whose parents have children in the block lie together, and what they add is summed in
-that order, by matrix products.
+The targets are sorted by parent. Forward, a program takes some of them, whose siblings lie together: it reads their
+vectors once for the normalizers and once more for the gradients of the queries. Backward, a program owns a block of
+children: the targets whose parents have children in it lie together, and what they add is summed in that order. All
+are matrix products.
 """
 
 import torch
@@ -11,50 +11,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 8192  # numbers of vectors that a program reads at a time
+TILE = 8192  # numbers of vectors, or of queries, that a program reads at a time
 CHILDREN = 16  # of a program of the backward pass
 
 
 @triton.jit
 def _forward(
-    query, vectors, first_child, parents, targets, losses, normalizers, pulls,
-    parent_stride, target_stride, width, smoothing,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SMOOTHS: tl.constexpr,
+    query, vectors, first_child, parents, targets, order, losses, normalizers, pulls,
+    P, parent_stride, target_stride, width, smoothing,
+    TARGETS: tl.constexpr, CHILDREN: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """wanted = (1 - smoothing) v[target] + smoothing mean_c v[c], normalizer = log(sum_c exp(q . v[c])),
-    loss = normalizer - q . wanted, pull = dloss / dq = sum_c exp(q . v[c] - normalizer) v[c] - wanted."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, COLUMNS)
-    inside = column < width
-    parent = tl.load(parents + row * parent_stride)
-    first, end = tl.load(first_child + parent), tl.load(first_child + parent + 1)
-    target = tl.load(targets + row * target_stride).to(tl.int64)
-    q = tl.load(query + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    own = tl.load(vectors + target * width + column, mask=inside, other=0.0).to(tl.float32)
-    highest = tl.full([], -3e38, tl.float32)  # finite, so that it can be subtracted
-    total = tl.zeros([], tl.float32)
-    weighted, plain = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    for start in range(first, end, BLOCK):
-        child = start + tl.arange(0, BLOCK)
-        place = child.to(tl.int64)[:, None] * width + column[None, :]
-        v = tl.load(vectors + place, mask=(child < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        x = tl.where(child < end, tl.sum(v * q[None, :], 1), float("-inf"))
-        above = tl.maximum(highest, tl.max(x, 0))
-        weight, fade = tl.exp(x - above), tl.exp(highest - above)
-        total = total * fade + tl.sum(weight, 0)
-        weighted = weighted * fade + tl.sum(weight[:, None] * v, 0)
-        if SMOOTHS:
-            plain += tl.sum(v, 0)
+    """With x = q . v[c], wanted = (1 - smoothing) x[target] + smoothing mean_c x[c], normalizer = log(sum_c exp(x[c])),
+    loss = normalizer - wanted, pull = dloss / dq = sum_c w[c] v[c],
+    w[c] = exp(x[c] - normalizer) - (1 - smoothing) [c is the target] - smoothing / children."""
+    number = tl.program_id(0) * TARGETS + tl.arange(0, TARGETS)
+    real = number < P
+    column = tl.arange(0, COLUMNS)[None, :]
+    row = tl.load(order + number, mask=real, other=0).to(tl.int64)
+    parent = tl.load(parents + row * parent_stride, mask=real, other=0)
+    first = tl.load(first_child + parent, mask=real, other=0)
+    last = tl.load(first_child + parent + 1, mask=real, other=0)
+    target = tl.load(targets + row * target_stride, mask=real, other=-1)
+    place = row[:, None] * width + column
+    q = tl.load(query + place, mask=real[:, None] & (column < width), other=0.0)
+    begin, end = tl.min(tl.where(real, first, 2**31 - 1), 0), tl.max(last, 0)  # siblings of all targets
+    share = smoothing / tl.maximum(last - first, 1)  # of each child in what is wanted
+    highest = tl.full([TARGETS], -3e38, tl.float32)  # finite, so that it can be subtracted
+    total, wanted = tl.zeros([TARGETS], tl.float32), tl.zeros([TARGETS], tl.float32)
+    for start in range(begin, end, CHILDREN):
+        child = start + tl.arange(0, CHILDREN)
+        inside = (child < end)[:, None] & (column < width)
+        v = tl.load(vectors + child[:, None].to(tl.int64) * width + column, mask=inside, other=0.0)
+        belongs = (first[:, None] <= child[None, :]) & (child[None, :] < last[:, None])
+        x = tl.dot(q, tl.trans(v), input_precision=PRECISION)
+        wanted += tl.sum(tl.where(belongs, x, 0.0), 1) * share
+        wanted += tl.sum(tl.where(child[None, :] == target[:, None], x, 0.0), 1) * (1 - smoothing)
+        x = tl.where(belongs, x, float("-inf"))
+        above = tl.maximum(highest, tl.max(x, 1))
+        total = total * tl.exp(highest - above) + tl.sum(tl.exp(x - above[:, None]), 1)
         highest = above
-    wanted = (1 - smoothing) * own
-    if SMOOTHS:
-        wanted += smoothing / (end - first) * plain
-    normalizer = highest + tl.log(total)
-    several = end - first > 1  # else the probability is 1
-    tl.store(normalizers + row, normalizer)
-    tl.store(losses + row, tl.where(several, normalizer - tl.sum(q * wanted, 0), 0.0))
-    pull = tl.where(several, weighted / total - wanted, 0.0)
-    tl.store(pulls + row * width + column, pull.to(pulls.dtype.element_ty), mask=inside)
+    several = last - first > 1  # else the probability is 1
+    normalizer = highest + tl.log(tl.where(real, total, 1.0))
+    tl.store(normalizers + row, normalizer, mask=real)
+    tl.store(losses + row, tl.where(several, normalizer - wanted, 0.0), mask=real)
+    pull = tl.zeros([TARGETS, COLUMNS], tl.float32)
+    for start in range(begin, end, CHILDREN):
+        child = start + tl.arange(0, CHILDREN)
+        inside = (child < end)[:, None] & (column < width)
+        v = tl.load(vectors + child[:, None].to(tl.int64) * width + column, mask=inside, other=0.0)
+        belongs = (first[:, None] <= child[None, :]) & (child[None, :] < last[:, None]) & several[:, None]
+        x = tl.dot(q, tl.trans(v), input_precision=PRECISION)
+        w = tl.exp(tl.where(belongs, x - normalizer[:, None], 0.0)) - share[:, None]
+        w -= tl.where(child[None, :] == target[:, None], 1 - smoothing, 0.0)
+        # In float32, of whose range small probabilities have need; half precision is exact in TF32.
+        pull = tl.dot(tl.where(belongs, w, 0.0), v.to(tl.float32), pull, input_precision=PRECISION)
+    tl.store(pulls + place, pull.to(pulls.dtype.element_ty), mask=real[:, None] & (column < width))
 
 
 @triton.jit
@@ -96,7 +107,7 @@ def _backward(
 
 @torch.library.custom_op("retrieval::tree_cross_entropy", mutates_args=())
 def tree_cross_entropy(
-    query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, order: Tensor, fanout: int,
+    query: Tensor, vectors: Tensor, first_child: Tensor, parents: Tensor, targets: Tensor, order: Tensor,
     smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Losses and normalizers, [P] float32 each, and pulls as the query; see `_forward` and
@@ -105,18 +116,19 @@ def tree_cross_entropy(
     P, width = query.shape
     losses, normalizers = (torch.empty(P, dtype=torch.float32, device=query.device) for _ in range(2))
     pulls = torch.empty_like(query)
+    columns, half = max(triton.next_power_of_2(width), 16), query.dtype != torch.float32
+    size = min(max(TILE // columns, 16), 32) if half else 16
     if P:
-        columns = triton.next_power_of_2(width)
-        block = min(max(TILE // columns, 1), triton.next_power_of_2(fanout))
-        _forward[(P,)](
-            query, vectors, first_child, parents, targets, losses, normalizers, pulls,
-            parents.stride(0), targets.stride(0), width, smoothing, block, columns, smoothing > 0,
+        _forward[(triton.cdiv(P, size),)](
+            query, vectors, first_child, parents, targets, order, losses, normalizers, pulls,
+            P, parents.stride(0), targets.stride(0), width, smoothing, size, size, columns, "tf32" if half else "ieee",
+            num_warps=4 if half and columns <= 256 else 8, num_stages=1,
         )  # fmt: skip
     return losses, normalizers, pulls
 
 
 @tree_cross_entropy.register_fake
-def _(query, vectors, first_child, parents, targets, order, fanout, smoothing):
+def _(query, vectors, first_child, parents, targets, order, smoothing):
     losses = query.new_empty(len(query), dtype=torch.float32)
     return losses, torch.empty_like(losses), query.new_empty(query.shape)
 
@@ -150,7 +162,7 @@ def _(query, vectors, first_child, parents, targets, order, normalizers, grad_lo
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, _, ctx.smoothing = inputs
+    *tensors, ctx.smoothing = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(output[2], *tensors, output[1])
 
@@ -158,7 +170,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, grad_losses: Tensor, *_):
     pulls, *tensors = ctx.saved_tensors
     grad_query = (grad_losses[:, None] * pulls).to(pulls.dtype)
-    return grad_query, tree_cross_entropy_backward(*tensors, grad_losses, ctx.smoothing), *(None,) * 6
+    return grad_query, tree_cross_entropy_backward(*tensors, grad_losses, ctx.smoothing), *(None,) * 5
 
 
 tree_cross_entropy.register_autograd(_gradients, setup_context=_save)

@@ -47,8 +47,8 @@ def loop(query, vectors, first_child, parents, targets, smoothing) -> torch.Tens
 def operation(name: str):
     if name == "twin":
         return tree.tree_cross_entropy
-    return lambda q, v, f, parents, t, *r: kernels.tree_cross_entropy(
-        q, v, f, parents, t, parents.argsort(stable=True), *r
+    return lambda q, v, f, parents, t, fanout, smoothing: kernels.tree_cross_entropy(
+        q, v, f, parents, t, parents.argsort(stable=True), smoothing
     )[0]
 
 
@@ -250,7 +250,7 @@ def test_the_operators_are_registered_completely():
     query, vectors, *places = draw([4, 2], 6)
     arguments = query.float().requires_grad_(), vectors.float().requires_grad_(), *places
     order = places[1].argsort(stable=True)
-    torch.library.opcheck(kernels.tree_cross_entropy, (*arguments, order, 4, 0.1))
+    torch.library.opcheck(kernels.tree_cross_entropy, (*arguments, order, 0.1))
     query, scores, vectors, first_child, nodes = beams([2, 3], 1, 2, True)
     torch.library.opcheck(search.child_logits, (query, vectors, first_child, nodes, 3))
     logits = torch.randn(1, 2, 3, device=DEVICE)
