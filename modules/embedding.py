@@ -23,7 +23,8 @@ FACTORS = (0x2545F4914F6CDD1D, 0x1B873593CC9E2D51)  # odd, of the two hash funct
 class VectorSum(nn.Module):
     """M vectors, each the sum of some rows of a table and of a perceptron of its features. rows: [M, k] int32, of the
     table, which has n_rows; None: no table. features: [M, D], or None. std: of the table's rows at the start. hidden:
-    width of the perceptron. all_at_once: off, only those asked for are made in training."""
+    width of the perceptron. all_at_once: off, only those asked for are made in training. common: whether the perceptron
+    ends with a bias, a part of all vectors."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class VectorSum(nn.Module):
         std: float,
         hidden: int,
         all_at_once: bool,
+        common: bool,
     ) -> None:
         super().__init__()
         self.all_at_once, self.features = all_at_once, features
@@ -44,7 +46,7 @@ class VectorSum(nn.Module):
             self.sums = RowSums.of(rows) if all_at_once else None
             self.table = nn.Parameter(torch.empty(n_rows, dim, device=rows.device).normal_(std=std))
         if features is not None:
-            self.mlp = nn.Sequential(nn.Linear(features.shape[1], hidden), nn.GELU(), nn.Linear(hidden, dim))
+            self.mlp = nn.Sequential(nn.Linear(features.shape[1], hidden), nn.GELU(), nn.Linear(hidden, dim, common))
             self.mlp.to(features.device)
 
     def __len__(self) -> int:
@@ -111,7 +113,7 @@ def item_vectors(
     for level, size in enumerate(tree.n_nodes if "nodes" in parts else ()):
         blocks.append(_own(nodes[:, level], size, max_rows))
     described = features if "features" in parts else None
-    return VectorSum(*_below(blocks), described, dim, std, hidden, tree.n_items <= max_rows)
+    return VectorSum(*_below(blocks), described, dim, std, hidden, tree.n_items <= max_rows, True)
 
 
 def node_vectors(
@@ -119,7 +121,12 @@ def node_vectors(
 ) -> ModuleList[VectorSum]:
     """Vectors of the nodes of each depth, 1 to L'. parts: "free", one of its own; "codes", one per code, shared by the
     nodes of a depth that end with it; "features", a perceptron of the mean features of the items below. max_rows: see
-    `item_vectors`."""
+    `item_vectors`.
+
+    The perceptron has no bias at its end: a softmax over siblings is blind to what they share. The bias's gradient
+    would be what rounding leaves, the same way in every step, which Adam makes a step of full size: it grew until
+    logits in bfloat16 could no longer tell siblings apart.
+    """
     check_features("node_parts", parts, features)
     levels: ModuleList[VectorSum] = ModuleList()
     described = features if "features" in parts else None
@@ -130,7 +137,7 @@ def node_vectors(
         if "codes" in parts:
             blocks.append((code[:, None], size))
         means = tree.node_means(level + 1, described).to(described.dtype) if described is not None else None
-        levels.append(VectorSum(*_below(blocks), means, dim, std, hidden, len(code) <= max_rows))
+        levels.append(VectorSum(*_below(blocks), means, dim, std, hidden, len(code) <= max_rows, False))
     return levels
 
 

@@ -269,14 +269,14 @@ class EncoderDecoderRetrievalModel(nn.Module):
         ValueError where the model is of another tree or was saved by an earlier version; see also
         `modules.pretrained.load_pretrained`."""
         config, weights = load_pretrained(folder)
-        trained = config.pop("tree", None)
+        trained, earlier = config.pop("tree", None), f"The model in {folder} was saved by an earlier version"
         if trained is None:
-            raise ValueError(
-                f"The model in {folder} was saved by an earlier version, of another design: train it anew."
-            )
+            raise ValueError(f"{earlier}, of another design: train it anew.")
         if trained != tree.digest:
             raise ValueError(f"The model in {folder} generates the IDs of tree {trained}, these are of {tree.digest}.")
         model = EncoderDecoderRetrievalModel(tree, features, **config)
+        if other := sorted(weights.keys() ^ model.state_dict().keys()):
+            raise ValueError(f"{earlier}, which differs in {other[0]}: train it anew.")
         model.load_state_dict(weights)
         return model.eval()
 

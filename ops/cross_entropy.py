@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from ops.dispatch import has_kernel
 from ops.jagged import lengths_to_offsets, row_indices
 
-CHUNK = 2**26  # logits that exist at a time
+CHUNK = 2**28  # logits that exist at a time
 CPU_CHUNK = 2**21  # there: caches hold them, which takes half of the time
 ALIGNED = 64  # what N is padded to a multiple of: products of odd widths are several times as slow on a GPU
 
@@ -82,9 +82,15 @@ def _chunked(
     dtype: torch.dtype, gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss [], its gradients of x [P, d], not yet multiplied by weights, in `dtype`, of vectors [N, d], in float32
-    or wider, and of the bias []; they are meaningless where no gradients are wanted."""
+    or wider, and of the bias []; they are meaningless where no gradients are wanted.
+
+    What all vectors share changes no softmax, and no gradient moves it. In half precision it is left out, since logits
+    would be rounded by its size, and taken from the gradient, which rounding leaves there. It is the same in every
+    step, so that Adam would make it grow.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     N = len(vectors)
+    vectors = vectors - vectors.mean(0, dtype=wide) if dtype != wide else vectors
     vectors = F.pad(vectors.to(dtype), (0, 0, 0, -N % ALIGNED))  # [N', d]
     x, weights = x.to(dtype), weights.to(wide)
     unit = torch.linalg.vector_norm(weights)
@@ -101,7 +107,9 @@ def _chunked(
         if gradients:
             torch.mm(logits, vectors, out=dx[part])
             _add_product(dvectors, logits.T, (x[part] * shares[part]).to(dtype))
-    return sums[0], dx, dvectors[:N] * unit, sums[1]
+    dvectors = dvectors[:N] * unit
+    dvectors = dvectors - dvectors.mean(0) if gradients and dtype != wide else dvectors
+    return sums[0], dx, dvectors, sums[1]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

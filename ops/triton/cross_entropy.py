@@ -26,8 +26,8 @@ def _rows(
 ):  # fmt: skip
     """With t the target, n the columns below N, x[n] their logits, to which the bias is added where n is seen, and
     z = log(sum over n of exp(x[n])): loss = z - (1 - smoothing) x[t] - smoothing mean(x[n]), and x[n] becomes
-    exp(x[n] - z) - (1 - smoothing) [n = t] - smoothing / N, x of other columns 0. The maxima run along, and the sums
-    are rescaled to them. out [2, P]: the losses, and their gradients of the bias, sums over the seen n."""
+    exp(x[n] - z) - (1 - smoothing) [n = t] - smoothing / N, x of other columns 0. The maximum runs along, and the sum
+    is rescaled to it. out [2, P]: the losses, and their gradients of the bias, sums over the seen n."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     if SEEN:
@@ -41,26 +41,25 @@ def _rows(
         tl.debug_barrier()  # they lie in memory before the row is read
     target = tl.load(targets + row)
     own = _clamp(tl.load(logits + target).to(tl.float32), limit)
-    # Of every BLOCK-th column, so that threads wait for each other no more than once. Finite, so that it can be
-    # subtracted.
-    largest = tl.full([BLOCK], -3e38, tl.float32)
-    total, plain = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    largest = tl.full([], -3e38, tl.float32)  # finite, so that it can be subtracted
+    total = tl.zeros([], tl.float32)
+    plain = tl.zeros([], tl.float32)
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        counts = columns < N
-        x = _clamp(tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32), limit)
-        fade = tl.exp(-tl.abs(x - largest))
-        total = tl.where(counts, tl.where(x > largest, total * fade + 1, total + fade), total)
-        largest = tl.where(counts, tl.maximum(largest, x), largest)
-        plain += tl.where(counts, x, 0.0)
-    highest = tl.max(largest, 0)
-    normalizer = highest + tl.log(tl.sum(total * tl.exp(largest - highest), 0))
-    tl.store(out + row, normalizer - (1 - smoothing) * own - smoothing * (tl.sum(plain, 0) / N))
+        x = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
+        x = _clamp(x, limit)
+        plain += tl.sum(tl.where(columns < N, x, 0.0), 0)
+        x = tl.where(columns < N, x, float("-inf"))
+        highest = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - highest) + tl.sum(tl.exp(x - highest), 0)
+        largest = highest
+    normalizer = largest + tl.log(total)
+    tl.store(out + row, normalizer - (1 - smoothing) * own - smoothing * (plain / N))
     dbias = tl.zeros([ITEMS], tl.float32)
     if GRADIENTS:
         tl.debug_barrier()  # all have read the target's logit before it is overwritten
-        for back in range(0, width, BLOCK):  # what was read last is read first, as long as caches hold it
-            columns = (width - 1) // BLOCK * BLOCK - back + tl.arange(0, BLOCK)
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
             x = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
             dx = tl.exp(_clamp(x, limit) - normalizer) - smoothing / N - tl.where(columns == target, 1 - smoothing, 0.0)
             dx = tl.where(columns < N, dx, 0.0)

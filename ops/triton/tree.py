@@ -11,8 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 8192  # numbers of vectors, or of queries, that a program reads at a time
+TILE = 16384  # numbers of vectors, or backward of queries, that a program reads at a time
+TARGETS = 16  # of a program of the forward pass
 CHILDREN = 16  # of a program of the backward pass
+
+
+@triton.jit
+def _next_sibling(first, last, child, end):
+    """The first child from `child` on that is below one of the parents, whose children are first[p] to last[p] - 1;
+    `end` if there is none."""
+    return tl.min(tl.where(last > child, tl.maximum(first, child), end), 0)
 
 
 @triton.jit
@@ -38,7 +46,8 @@ def _forward(
     share = smoothing / tl.maximum(last - first, 1)  # of each child in what is wanted
     highest = tl.full([TARGETS], -3e38, tl.float32)  # finite, so that it can be subtracted
     total, wanted = tl.zeros([TARGETS], tl.float32), tl.zeros([TARGETS], tl.float32)
-    for start in range(begin, end, CHILDREN):
+    start = begin
+    while start < end:
         child = start + tl.arange(0, CHILDREN)
         inside = (child < end)[:, None] & (column < width)
         v = tl.load(vectors + child[:, None].to(tl.int64) * width + column, mask=inside, other=0.0)
@@ -50,12 +59,14 @@ def _forward(
         above = tl.maximum(highest, tl.max(x, 1))
         total = total * tl.exp(highest - above) + tl.sum(tl.exp(x - above[:, None]), 1)
         highest = above
+        start = _next_sibling(first, last, start + CHILDREN, end)
     several = last - first > 1  # else the probability is 1
     normalizer = highest + tl.log(tl.where(real, total, 1.0))
     tl.store(normalizers + row, normalizer, mask=real)
     tl.store(losses + row, tl.where(several, normalizer - wanted, 0.0), mask=real)
     pull = tl.zeros([TARGETS, COLUMNS], tl.float32)
-    for start in range(begin, end, CHILDREN):
+    start = begin
+    while start < end:
         child = start + tl.arange(0, CHILDREN)
         inside = (child < end)[:, None] & (column < width)
         v = tl.load(vectors + child[:, None].to(tl.int64) * width + column, mask=inside, other=0.0)
@@ -65,6 +76,7 @@ def _forward(
         w -= tl.where(child[None, :] == target[:, None], 1 - smoothing, 0.0)
         # In float32, of whose range small probabilities have need; half precision is exact in TF32.
         pull = tl.dot(tl.where(belongs, w, 0.0), v.to(tl.float32), pull, input_precision=PRECISION)
+        start = _next_sibling(first, last, start + CHILDREN, end)
     tl.store(pulls + place, pull.to(pulls.dtype.element_ty), mask=real[:, None] & (column < width))
 
 
@@ -117,11 +129,11 @@ def tree_cross_entropy(
     losses, normalizers = (torch.empty(P, dtype=torch.float32, device=query.device) for _ in range(2))
     pulls = torch.empty_like(query)
     columns, half = max(triton.next_power_of_2(width), 16), query.dtype != torch.float32
-    size = min(max(TILE // columns, 16), 32) if half else 16
     if P:
-        _forward[(triton.cdiv(P, size),)](
+        _forward[(triton.cdiv(P, TARGETS),)](
             query, vectors, first_child, parents, targets, order, losses, normalizers, pulls,
-            P, parents.stride(0), targets.stride(0), width, smoothing, size, size, columns, "tf32" if half else "ieee",
+            P, parents.stride(0), targets.stride(0), width, smoothing,
+            TARGETS, min(max(TILE // columns, 16), 64), columns, "tf32" if half else "ieee",
             num_warps=4 if half and columns <= 256 else 8, num_stages=1,
         )  # fmt: skip
     return losses, normalizers, pulls
@@ -150,7 +162,7 @@ def tree_cross_entropy_backward(
     _backward[(len(starts),)](
         query, vectors, first_child, parents, targets, normalizers, grad_losses, order, begins, ends, grad_vectors,
         n, parents.stride(0), targets.stride(0), grad_losses.stride(0), width, smoothing,
-        CHILDREN, min(max(TILE // columns, 16), 64) if half else 16, columns, "tf32" if half else "ieee",
+        CHILDREN, min(max(TILE // 2 // columns, 16), 64) if half else 16, columns, "tf32" if half else "ieee",
         num_warps=4 if half and columns <= 256 else 8, num_stages=1,
     )  # fmt: skip
     return grad_vectors

@@ -77,7 +77,7 @@ def described(mlp, features: Tensor) -> Tensor:
     """What a perceptron adds to vectors: features [M, D] -> [M, dim]."""
     hidden = features @ mlp[0].weight.T + mlp[0].bias
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
-    return hidden @ mlp[2].weight.T + mlp[2].bias
+    return hidden @ mlp[2].weight.T + (mlp[2].bias if mlp[2].bias is not None else 0)
 
 
 def dense_sum(vectors, blocks: list[tuple[list[int], int]], features: Tensor | None) -> Tensor:
