@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 CHUNK, MAX_KEYS = 4096, 2**20  # histories, and item keys, read at once
+COLUMNS = ("user", "item", "timestamp")
 KEY = r"[^|\s](?:[^|]*[^|\s])?"  # between | and spaces
 
 
@@ -26,7 +27,7 @@ def as_key(value: object) -> str:
 
 def read_histories(
     path: Path,
-    columns: tuple[str, str, str] = ("user", "item", "timestamp"),
+    columns: tuple[str, str, str] = COLUMNS,
     only: Collection[str] | None = None,
     size: int = CHUNK,
 ) -> Iterator[Histories]:
@@ -35,7 +36,7 @@ def read_histories(
     Lists of keys as JSON lines have them, a polars Series of lists of texts from other files. only: users to read.
     With a column "items" each row is a history, read as it is asked for: a column "user", and the items' keys as a list
     or as text with "|" between them. Otherwise each row is an interaction, `columns` are the names of user, item and
-    time, and all rows are read at once; without the column of times they are in time order. See `read_table`, too.
+    time, and all rows are read at once; without a column "timestamp" they are in time order. See `read_table`, too.
 
     Raises FileNotFoundError where there is no file; ValueError that names the file, and the row where it is known,
     where it is of another kind, empty, lacks a column or can't be read.
@@ -93,6 +94,8 @@ def _from_table(
             whole = whole_rows(path)
             batches = _lists(path, table).collect_batches(chunk_size=size, maintain_order=True, optimizations=whole)
         elif item in names:
+            if time != COLUMNS[2]:
+                check_columns(path, names, [time])
             batches = _grouped(path, user, item, time if time in names else None).iter_slices(size)
         else:
             check_columns(path, names, ["items"], f", a list of item keys for each user, nor {item!r}, one item a row")

@@ -107,6 +107,14 @@ def test_bad_histories_are_named(name, content, message, tmp_path):
     assert str(path) in str(error.value)
 
 
+def test_a_column_of_times_that_is_named_must_be_there(tmp_path):
+    (path := tmp_path / "h.csv").write_text("user,item,when\na,1,2\na,2,1\n")
+    assert all_rows(path, columns=("user", "item", "when")) == {"a": ["2", "1"]}
+    assert all_rows(path) == {"a": ["1", "2"]}
+    with pytest.raises(ValueError, match="has no column 'time'; its columns are user, item, when"):
+        all_rows(path, columns=("user", "item", "time"))
+
+
 def test_a_column_that_holds_no_lists_is_named(tmp_path):
     for items, kind in (([5], "Int64"), ([[{"key": 1}]], "List.Struct")):
         pl.DataFrame({"user": ["a"], "items": items}).write_parquet(path := tmp_path / "h.parquet")
