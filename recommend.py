@@ -14,8 +14,10 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data.histories import Histories, read_histories, read_keys
+from data.histories import COLUMNS, Histories, as_key, read_histories, read_keys
 from data.results import Columns, Texts, partial_path, write_table
 from modules.serving.lookup import PREDICATE
 from modules.serving.recommender import Ranked, Recommender
@@ -39,10 +41,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--revision", help="branch, tag or commit of the Hub repository")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--items", nargs="+", metavar="KEY", help="one history, oldest first; prints its items")
-    source.add_argument("--histories", type=Path, metavar="FILE")
+    what = "a file, or the folder of a data set that was trained on"
+    source.add_argument("--histories", type=Path, metavar="PATH", help=what)
     parser.add_argument("--out", type=Path, metavar="FILE", help="what to write for --histories")
-    parser.add_argument("--columns", nargs=3, metavar=("USER", "ITEM", "TIME"), default=["user", "item", "timestamp"])
-    parser.add_argument("--users", nargs="+", metavar="KEY", help="only these of the file")
+    parser.add_argument("--columns", nargs=3, metavar=("USER", "ITEM", "TIME"), default=COLUMNS)
+    parser.add_argument("--users", nargs="+", metavar="KEY", help="only these of --histories")
     parser.add_argument("--k", type=int, default=10, help="items for each history (%(default)s)")
     parser.add_argument("--include-seen", action="store_true", help="items of the history may be recommended")
     parser.add_argument("--cold-bonus", type=float, default=0.0, help="added to scores of items new since training")
@@ -55,7 +58,50 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.histories is None) != (arguments.out is None):
         parser.error("--histories and --out belong together")
+    for name, default in (("users", None), ("columns", COLUMNS)):
+        if arguments.items and getattr(arguments, name) != default:
+            parser.error(f"--{name} belongs to --histories, and --items is one history")
     return arguments
+
+
+@dataclass
+class Counts:
+    """Of the histories of `path` so far. missing: users asked for and not found. key: the first one of an item."""
+
+    path: Path
+    missing: set[str]
+    histories: int = 0
+    items: int = 0
+    unknown: int = 0
+    popular: int = 0
+    empty: int = 0
+    key: object = None
+
+    def add(self, users: list[str], rows, ranked: Ranked) -> None:
+        self.missing.difference_update(users)
+        self.histories += len(users)
+        self.items += int((ranked.known + ranked.unknown).sum())
+        self.unknown += int(ranked.unknown.sum())
+        self.popular += int(ranked.popular.sum())
+        self.empty += int((ranked.items < 0).all(1).sum())
+        if self.key is None:
+            self.key = next((key for row in rows if row is not None for key in row), None)
+
+    def tell(self, out: Path, keys: list[str]) -> None:
+        """The last line, and what may have gone wrong. keys: of the catalogue."""
+        print(
+            f"{self.histories:,} histories -> {out}; {self.unknown:,} of {self.items:,} items are not in the "
+            f"catalogue, {self.popular:,} histories without a known item got the most popular, and {self.empty:,} got "
+            "nothing, as no item was left."
+        )
+        if self.missing:
+            some = ", ".join(sorted(self.missing)[:3])
+            warn(f"{self.path} lacks {len(self.missing):,} of the users asked for, such as {some}")
+        if self.items and self.unknown == self.items:
+            warn(
+                f"{self.path}: no item's key is in the catalogue: the first is {as_key(self.key)!r}, the catalogue has "
+                f"keys like {keys[0]!r}. Keys in a text have | between them."
+            )
 
 
 def recommend(arguments: argparse.Namespace) -> None:
@@ -63,6 +109,8 @@ def recommend(arguments: argparse.Namespace) -> None:
     if arguments.out and arguments.out.resolve() == arguments.histories.resolve():
         raise ValueError(f"--out {arguments.out} would take the place of the histories: name another file.")
     accelerator = distributed.start(cpu=arguments.device == "cpu")
+    if not accelerator.is_main_process:
+        logging.getLogger("data").setLevel(logging.ERROR)  # one warning of a file is enough
     recommender = Recommender.from_pretrained(arguments.pipeline, arguments.revision, accelerator.device)
     options = {"k": arguments.k, "exclude_seen": not arguments.include_seen, "cold_bonus": arguments.cold_bonus}
     for name in ("allow", "block"):
@@ -73,15 +121,12 @@ def recommend(arguments: argparse.Namespace) -> None:
     elif arguments.histories:
         only = set(arguments.users) if arguments.users else None
         size = CHUNKS[accelerator.device.type] * accelerator.num_processes
-        histories, counts = read_histories(arguments.histories, tuple(arguments.columns), only, size), dict[str, int]()
+        histories = read_histories(arguments.histories, tuple(arguments.columns), only, size)
+        counts = Counts(arguments.histories, set(only or ()))
         chunks = tables(recommender, histories, options, accelerator, counts)
         if accelerator.is_main_process:
             write_table(arguments.out, chunks)
-            print(
-                f"{counts['histories']:,} histories -> {arguments.out}; {counts['unknown']:,} of {counts['items']:,} "
-                f"items are not in the catalogue, and {counts['popular']:,} histories without a known item got the "
-                "most popular."
-            )
+            counts.tell(arguments.out, recommender.keys)
         else:
             for _ in chunks:  # take part in ranking them
                 pass
@@ -95,8 +140,10 @@ def wanted(recommender: Recommender, name: str, given: str) -> list[str] | str:
             return given
         raise ValueError(f"--{name} {given!r} is neither a file nor a predicate such as 'categories = Horror'")
     keys = read_keys(Path(given))
+    if name == "allow" and not keys:
+        raise ValueError(f"--allow {given}: the file holds no key; write one per line, or leave --allow out")
     if missing := sum(key not in recommender.index for key in keys):
-        print(f"warning: {given}: {missing:,} of {len(keys):,} keys are not in the catalogue", file=sys.stderr)
+        warn(f"{given}: {missing:,} of {len(keys):,} keys are not in the catalogue")
     return keys
 
 
@@ -105,7 +152,7 @@ def tables(
     histories: Iterable[Histories],
     options: dict,
     accelerator: Accelerator,
-    counts: dict[str, int],
+    counts: Counts,
 ) -> Iterator[Columns]:
     """What to write, chunk by chunk; adds to `counts`."""
     shown = sys.stderr.isatty() and accelerator.is_main_process
@@ -124,12 +171,14 @@ def tables(
                 "semantic_id": recommender.codes[items].numpy(),
                 "popular": ranked.popular[user],
             }
-            new = {"histories": len(users), "items": int((ranked.known + ranked.unknown).sum())}
-            new |= {"unknown": int(ranked.unknown.sum()), "popular": int(ranked.popular.sum())}
-            counts.update({name: counts.get(name, 0) + count for name, count in new.items()})
+            counts.add(users, rows, ranked)
             bar.update(len(users))
-    if not counts:
-        raise ValueError("None of the users asked for is in the file.")
+    if not counts.histories:
+        raise ValueError(f"None of the users asked for is in {counts.path}, such as {min(counts.missing)}.")
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def rank(recommender: Recommender, rows, options: dict, accelerator: Accelerator) -> Ranked:

@@ -12,14 +12,21 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
 
 import argparse
+import shutil
 from pathlib import Path
 
+from common.files import write_file
 from data.custom import CustomData
 from data.histories import read_keys
 from data.items import Items
+from modules.card import pipeline_card
+from modules.pretrained import CARD, resolve
 from modules.serving.change import changed
 from modules.serving.pipeline import Pipeline
+from modules.tokenizer.catalogue import beside
 from training import cli
+
+KEPT = ("config.gin", "GROUPLENS.txt")  # of a pipeline, where it has them
 
 
 def parse() -> argparse.Namespace:
@@ -51,8 +58,18 @@ def update(arguments: argparse.Namespace) -> None:
         assert table is not None
         add = Items.read(table)
     before = Pipeline.load(arguments.pipeline, arguments.revision, tokenizer=True, text_model=arguments.text_model)
+    if arguments.add and before.tokenizer is None:
+        raise ValueError(
+            f"{arguments.pipeline} holds no tokenizer/, which gives new items their IDs, so it can only remove: train "
+            "both stages with a tokenizer that has feature sources, and take the pipeline/ of that run."
+        )
     after = changed(before, add, remove)
     after.save(arguments.out)
+    ids, place = after.semantic_ids, (arguments.pipeline, arguments.revision)
+    write_file(arguments.out / CARD, pipeline_card(ids.corpus_name, ids.item_keys, after.counts).encode())
+    for name in KEPT:
+        if beside(*place, name):
+            shutil.copy(resolve(*place, (name,)) / name, arguments.out)
     print(
         f"{before.semantic_ids.n_items:,} items - {len(set(remove)):,} + {len(add.keys):,} = "
         f"{after.semantic_ids.n_items:,} -> {arguments.out}"

@@ -73,7 +73,8 @@ def files(recommender: Recommender, folder: Path, users: int, accelerator) -> No
     def once() -> float:
         start = time.perf_counter()
         chunks = read_histories(histories, size=recommend.CHUNKS[accelerator.device.type])
-        write_table(out, recommend.tables(recommender, chunks, {"k": K}, accelerator, {}))
+        counts = recommend.Counts(histories, set())
+        write_table(out, recommend.tables(recommender, chunks, {"k": K}, accelerator, counts))
         return time.perf_counter() - start
 
     seconds = sorted(once() for _ in range(REPEATS))[REPEATS // 2]

@@ -73,15 +73,22 @@ def tokenizer_card(
 
 
 def pipeline_card(
-    corpus_name: str, item_keys: list[str], counts: Tensor, split: str, excluded: bool, metrics: dict[str, float]
+    corpus_name: str,
+    item_keys: list[str],
+    counts: Tensor,
+    split: str = "",
+    excluded: bool = False,
+    metrics: dict[str, float] | None = None,
 ) -> str:
     """counts: [N] integers, how often each item occurs in training. split: by name. excluded: whether the model was
-    chosen, and is shown, by rankings without consumed items. metrics: what metrics.json holds."""
+    chosen, and is shown, by rankings without consumed items. metrics: what metrics.json holds; None for a catalogue
+    that has changed since, of which it says nothing."""
     from huggingface_hub import EvalResult
 
     kind = "new" if excluded else "all"
     dataset, _ = MOVIELENS.get(corpus_name, (corpus_name, ""))
     protocol = f"{split} split, ranking {'items not yet consumed' if excluded else 'all items'}"
+    metrics = metrics or {}
     names = [name[5:] for name in metrics if re.fullmatch(r"test/(recall|ndcg)@(5|10)", name)]
     results = [
         EvalResult(
@@ -100,8 +107,9 @@ def pipeline_card(
     lines = [f"Recommends the next of {len(item_keys):,} items of {dataset} by generating its semantic ID.", ""]
     lines += ["Keys, titles and what was learned from histories are under the terms of the dataset.", ""]
     lines += [_code(), "", PIPELINE.format(history=json.dumps(best, ensure_ascii=False)), ""]
-    lines += [f"## Metrics\nTest, {protocol}.\n", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for row, start in rows.items():
+    if metrics:
+        lines += [f"## Metrics\nTest, {protocol}.\n", f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row, start in rows.items() if metrics else ():
         lines.append(f"| {row} | {' | '.join(f'{metrics[start + name]:.4f}' for name in names)} |")
     return _card("Generative retrieval with semantic IDs", corpus_name, lines, results)
 
@@ -109,16 +117,18 @@ def pipeline_card(
 def _card(title: str, corpus_name: str | None, lines: list[str], results: "list[EvalResult] | None" = None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    terms: dict[str, Any] = {"license": "unknown"}
+    terms: dict[str, Any] = {"license": "unknown", "datasets": [corpus_name] if corpus_name else None}
     if corpus_name in MOVIELENS:
-        link = f"https://files.grouplens.org/datasets/movielens/{MOVIELENS[corpus_name][1]}"
+        file = MOVIELENS[corpus_name][1]
+        link = f"https://files.grouplens.org/datasets/movielens/{file}"
         terms = {"license": "other", "license_name": "grouplens", "license_link": link}
+        terms["datasets"] = [file.partition("-README")[0]]  # as GroupLens calls it
     data = ModelCardData(
         **terms,
         library_name="generative-retrieval",
         tags=["recommendation", "generative-retrieval", "semantic-ids"],
         model_name=PLACE if results else None,
-        eval_results=results,
+        eval_results=results or None,
     )
     return str(ModelCard("\n".join(["---", data.to_yaml(), "---", "", f"# {title}", "", *lines, ""])))
 

@@ -12,7 +12,7 @@ from common.files import aside, write_file
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PLACE = "<this repository or folder>"  # in a card; an upload puts the repository's id there
-UPLOADED = {".json", ".safetensors", ".npy", ".gin", ".md"}
+UPLOADED = {".json", ".safetensors", ".npy", ".gin", ".md", ".txt"}
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]*/\w([\w.-]*\w)?")
 
 

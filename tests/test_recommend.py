@@ -232,17 +232,60 @@ def test_typed_items_print_titles(pipeline, script):
 
 def test_bad_input_is_one_line(pipeline, tmp_path, script):
     histories, none = write_histories(tmp_path, "lists .csv"), tmp_path / "none.csv"
+    (blank := tmp_path / "blank.txt").write_text("\n \n")
     for arguments, message in (
         ([tmp_path / "none", "--items", "1"], "no file or folder"),
         ([pipeline, "--histories", none, "--out", tmp_path / "o.csv"], f"error: {none} is missing"),
         ([pipeline, "--histories", histories, "--out", tmp_path / "o.doc"], "o.doc: the file name must end"),
-        ([pipeline, "--histories", histories, "--out", tmp_path / "o.csv", "--users", "z"], "None of the users"),
+        (
+            [pipeline, "--histories", histories, "--out", tmp_path / "o.csv", "--users", "z"],
+            f"is in {histories}, such as z.",
+        ),
         ([pipeline, "--histories", histories, "--out", histories], "would take the place of the histories"),
         ([pipeline, "--histories", histories, "--out", histories / "o.csv"], f"{histories}: there is a file where a"),
-        ([pipeline, "--items", "1", "--k", "0"], "k = 0 must be 1 or more."),
-        ([pipeline, "--items", "1", "--cold-bonus", "nan"], "cold_bonus = nan must be finite."),
+        ([pipeline, "--items", "1", "--k", "0"], "k = 0 must be a whole number, 1 or more."),
+        ([pipeline, "--items", "1", "--cold-bonus", "nan"], "cold_bonus = nan must be a finite number."),
+        ([pipeline, "--items", "1", "--allow", blank], f"--allow {blank}: the file holds no key; write one per line"),
         ([pipeline, "--items", "1", "--allow", tmp_path], "is neither a file nor a predicate"),
     ):
         status, _, error = script(*arguments)
         assert status == 1 and error.startswith("error: ") and message in error and error.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {histories.name}
+    assert {path.name for path in tmp_path.iterdir()} == {histories.name, blank.name}
+    for name, values in (("users", ["1"]), ("columns", ["a", "b", "c"])):
+        status, _, error = script(pipeline, "--items", "1", f"--{name}", *values)
+        assert status == 2 and f"--{name} belongs to --histories" in error
+
+
+def test_users_who_are_not_found_and_who_get_nothing_are_told(pipeline, tmp_path, script):
+    histories, out = write_histories(tmp_path, "lists .csv"), tmp_path / "out.csv"
+    (tmp_path / "allow.txt").write_text("item01")
+    asked = ["--users", "a", "b", "z", "y", "--allow", tmp_path / "allow.txt"]
+    status, printed, warned = script(pipeline, "--histories", histories, "--out", out, *asked)
+    assert (
+        status is None
+        and "2 histories -> " in printed
+        and printed.endswith("and 1 got nothing, as no item was left.\n")
+    )
+    assert warned == f"warning: {histories} lacks 2 of the users asked for, such as y, z\n"
+    assert {row[0] for row in read(out)} == {"b"}
+
+
+def test_keys_that_are_all_unknown_are_shown_as_they_were_read(pipeline, tmp_path, script):
+    (path := tmp_path / "h.csv").write_text("user,items\na,\nb,item01 item02\nc,item03 item04\n")
+    status, _, warned = script(pipeline, "--histories", path, "--out", tmp_path / "out.csv")
+    assert status is None and warned == (
+        f"warning: {path}: no item's key is in the catalogue: the first is 'item01 item02', the catalogue has keys "
+        "like 'item00'. Keys in a text have | between them.\n"
+    )
+
+
+def test_a_data_set_that_was_trained_on_gives_its_users_histories(pipeline, trained, corpus, tmp_path, script):
+    users, out = corpus.user_keys[3:5], tmp_path / "out.jsonl"
+    for folder in (trained, trained / "processed" / "amazon_beauty"):
+        status, printed, warned = script(pipeline, "--histories", folder, "--out", out, "--k", 3, "--users", *users)
+        assert status is None and not warned and "2 histories" in printed
+        rows = corpus.interactions.items.split(corpus.interactions.offsets.diff().tolist())[3:5]
+        keys = [[corpus.item_keys[n] for n in row] for row in rows]
+        found = Recommender.from_pretrained(pipeline).recommend(keys, 3)
+        expected = [(user, item.key) for user, row in zip(users, found, strict=True) for item in row.items]
+        assert [(user, item) for user, _, item, *_ in read(out)] == expected

@@ -5,8 +5,10 @@ import sys
 
 import polars as pl
 import pytest
+from huggingface_hub import ModelCard
 
 import update_catalogue
+from modules.serving.pipeline import Pipeline
 from modules.serving.recommender import Recommender
 from tests.pipeline import N_ITEMS
 
@@ -43,6 +45,25 @@ def test_items_come_and_go(suffix, trained, tmp_path, script):
     titles = {item.key: item.title for item in found.items}
     assert not found.unknown and len(titles) == N_ITEMS and not {"item04", "item29"} & set(titles)
     assert (titles["901"], titles["902"]) == ("red ball", "blue lamp")
+    assert (out / "config.gin").read_bytes() == (trained / "out" / "decoder" / "config.gin").read_bytes()
+
+
+def test_a_folder_without_a_tokenizer_can_only_remove(trained, tmp_path, script):
+    """And the new folder has a card of its own, and the terms."""
+    folder, out = tmp_path / "old", tmp_path / "new"
+    Pipeline.load(trained / "out" / "decoder").save(folder)
+    (folder / "GROUPLENS.txt").write_text("terms")
+    (items := tmp_path / "items.csv").write_text("key,text\n901,red ball\n")
+    status, _, error = script(folder, "--add", items, "--out", out)
+    assert status == 1 and error.startswith(
+        f"error: {folder} holds no tokenizer/, which gives new items their IDs, so it"
+    )
+    (gone := tmp_path / "gone.txt").write_text("item04\nitem29\n")
+    assert script(folder, "--remove", gone, "--out", out)[0] is None
+    card = ModelCard.load(out / "README.md")
+    assert f"the next of {N_ITEMS - 2} items of amazon_beauty" in card.text and "## Metrics" not in card.text
+    assert card.data.eval_results is None and card.data.datasets == ["amazon_beauty"]
+    assert (out / "GROUPLENS.txt").read_text() == "terms" and not (out / "config.gin").exists()
 
 
 def test_bad_input_is_one_line(trained, tmp_path, script):

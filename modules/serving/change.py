@@ -79,8 +79,8 @@ def _extended(pipeline: Pipeline, keys: list[str], add: Items) -> tuple[Tensor, 
     ids, tokenizer = pipeline.semantic_ids, pipeline.tokenizer
     if tokenizer is None:
         raise ValueError(
-            "The pipeline holds no tokenizer, which gives new items their IDs: its IDs came from a file, or from a "
-            "tokenizer without feature sources. Train both stages anew."
+            "The pipeline holds no tokenizer, which gives new items their IDs: its folder has no tokenizer/, or it was "
+            "loaded without tokenizer=True."
         )
     codes, sizes = extended_ids(tokenizer.model, ids, keys, tokenizer.features(add))
     if len(sizes) != len(ids.level_sizes):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Keys = Collection[str | int]
 PREDICATE = re.compile(r"\s*(\w+)\s*(=|contains\b)\s*(\S.*?)\s*")
+QUOTED = re.compile(r"""^(["'])(.+)\1$""", re.DOTALL)
+JOINED = re.compile(r"\s(and|or)\s")
 KINDS = (str, int, float, np.integer, np.floating)
 
 
@@ -68,15 +70,15 @@ class Lookup:
 
     def mask(self, wanted: Keys | str) -> Tensor:
         """Which items are meant, [N] bool: by their keys, or by `column = value` or `column contains value`. Case does
-        not count; of a column with several values one that fits is enough. ValueError where a predicate is of another
-        form, names a column that is not there, or fits no item."""
+        not count, nor do quotes around the value; of a column with several values one that fits is enough. ValueError
+        where a predicate is of another form, names a column that is not there, or fits no item."""
         result = torch.zeros(len(self.keys), dtype=torch.bool)
         if not isinstance(wanted, str):
             result[self.rows([wanted])[0].values] = True
             return result
         if (found := PREDICATE.fullmatch(wanted)) is None:
             raise ValueError(f"{wanted!r} is neither a list of keys nor a predicate: column = value, or .. contains ..")
-        name, operator, value = found.group(1), found.group(2), found.group(3).casefold()
+        name, operator, value = found.group(1), found.group(2), QUOTED.sub(r"\2", found.group(3)).casefold()
         if name not in self.columns:
             raise ValueError(
                 f"{wanted!r}: the pipeline has no column {name!r}, but {', '.join(self.columns)}; train.item_columns "
@@ -86,5 +88,6 @@ class Lookup:
             texts = map(str.casefold, texts)
             result[item] = value in texts if operator == "=" else any(value in text for text in texts)
         if not result.any():
-            raise ValueError(f"{wanted!r} fits no item.")
+            hint = " A predicate has one value: for several give a file of keys, in Python a list."
+            raise ValueError(f"{wanted!r} fits no item.{hint if JOINED.search(value) else ''}")
         return result

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,14 +124,15 @@ class Recommender:
         outside the catalogue don't count.
         batch_size: histories at once, by default 1024 on a GPU and 64 elsewhere; fewer for a large catalogue.
         cold_bonus: added to the scores of items that the training data never shows, before they are normalized.
-        ValueError where k is below 1, there is not one collection for each history, or a bonus without exact ranking.
+        ValueError where k, batch_size or cold_bonus is no number or out of range, there is not one collection for each
+        history, or a bonus without exact ranking.
         """
         batch_size = (1024 if self.device.type == "cuda" else 64) if batch_size is None else batch_size
         for name, value in (("k", k), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} = {value} must be 1 or more.")
-        if not math.isfinite(cold_bonus):
-            raise ValueError(f"cold_bonus = {cold_bonus} must be finite.")
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} = {value!r} must be a whole number, 1 or more.")
+        if not isinstance(cold_bonus, Real) or not math.isfinite(cold_bonus):
+            raise ValueError(f"cold_bonus = {cold_bonus!r} must be a finite number.")
         if cold_bonus and not self._exact:
             raise ValueError(
                 "cold_bonus needs the ranking of the whole catalogue, and this one is searched by beams: rank the new "
@@ -138,7 +140,8 @@ class Recommender:
             )
         known, unknown = self._lookup.rows(histories)
         filters = Filters.of(self._lookup, len(unknown), known if exclude_seen else None, allow, block)
-        k, size = min(k, len(self.keys)), max(1, min(batch_size, MAX_LOGITS[self.device.type] // len(self.keys)))
+        k = min(int(k), len(self.keys))
+        size = max(1, min(int(batch_size), MAX_LOGITS[self.device.type] // len(self.keys)))
         items, scores = torch.full((len(unknown), k), -1), torch.full((len(unknown), k), float("-inf"))
         warm = known.lengths > 0
         for group, cold in ((warm.nonzero()[:, 0], False), ((~warm).nonzero()[:, 0], True)):

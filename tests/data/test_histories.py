@@ -1,12 +1,16 @@
 """Histories from every kind of file."""
 
 import json
+import logging
 from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 
+from common.schemas import Interactions
 from data import histories
+from data.corpus import Corpus
 from data.histories import read_histories
 
 ROWS = {"a": ["item01", "item08"], "b": [], "7": ["item03", "nothing", "item03"]}
@@ -95,6 +99,10 @@ def test_numbers_are_keys_as_text_has_them(tmp_path):
         ("h.csv", "user,items,user\na,1,b\n", "two columns are called 'user'"),
         ("h.csv", "user,items\ra,1\r", "line 1, the header: lines must end with"),
         ("h.jsonl", "[1]\n", "row 1: must be an object"),
+        ("h.csv", "user,items\na,1\nb,[1 260]\n", r"line 3, row 2: 'items' must be keys with \| .* not '\[1 260\]'"),
+        ("h.csv", "user,items\nb,['a' 'b']\n", r"row 1: 'items' must be keys .* or a list such as \[1, 260\]"),
+        ("h.csv", 'user,items\nb,"[[1], 2]"\n', "row 1: 'items' must be keys"),
+        ("h.jsonl", '{"user": 1, "items": "[NaN]"}\n', "row 1: 'items' must be keys"),
         ("h.parquet", "text", "can't be read as parquet"),
         ("h.txt", "text", "must end with one of"),
     ],
@@ -107,10 +115,49 @@ def test_bad_histories_are_named(name, content, message, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_a_column_of_times_that_is_named_must_be_there(tmp_path):
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_text_may_be_a_list_as_json_and_pandas_write_it(suffix, tmp_path):
+    texts = {
+        "a": "[1, 260]",
+        "b": "['b c', \"it's\", 7.0]",
+        "c": '["\\u00e9|"]',
+        "d": "[]",
+        "e": "1 260",
+        "f": "x | [y]",
+    }
+    frame = pl.DataFrame({"user": [*texts], "items": [*texts.values()]})
+    path = tmp_path / f"h{suffix}"
+    frame.write_csv(path) if suffix == ".csv" else frame.write_ndjson(path)
+    expected = {"a": ["1", "260"], "b": ["b c", "it's", "7"], "c": ["é|"], "d": [], "e": ["1 260"], "f": ["x", "[y]"]}
+    assert all_rows(path) == expected
+
+
+def test_a_cached_corpus_has_the_histories_of_its_users(tmp_path):
+    made = Interactions(torch.tensor([2, 0, 1], dtype=torch.int32), torch.tensor([0, 2, 3]), None)
+    for name in ("one", "two"):
+        corpus = Corpus.build(name, made, ["x", "y", "z"], ["7", "b"], ["text"] * 3, [[]] * 3)
+        corpus.save(tmp_path / "processed" / name)
+        expected = {"7": ["z", "x"], "b": ["y"]}
+        folders = [tmp_path / "processed" / name, *[tmp_path] * (name == "one")]
+        for folder in folders:
+            assert all_rows(folder) == all_rows(folder, size=1) == expected
+            assert all_rows(folder, only={"b"}) == {"b": ["y"]}
+    for folder, columns, message in (
+        (tmp_path, histories.COLUMNS, "holds several corpora: name one of .*one, .*two"),
+        (tmp_path / "processed", histories.COLUMNS, "processed holds no cached corpus: name a file"),
+        (folders[0], ("u", "i", "t"), "two is a corpus, whose columns have no names: leave out u i t"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            all_rows(folder, columns=columns)
+
+
+def test_a_column_of_times_that_is_named_must_be_there(tmp_path, caplog):
     (path := tmp_path / "h.csv").write_text("user,item,when\na,1,2\na,2,1\n")
     assert all_rows(path, columns=("user", "item", "when")) == {"a": ["2", "1"]}
-    assert all_rows(path) == {"a": ["1", "2"]}
+    with caplog.at_level(logging.WARNING, "data"):
+        assert all_rows(path) == {"a": ["1", "2"]}
+    [told] = caplog.messages
+    assert told == f"{path} has no column 'timestamp': each user's rows are taken to be in time order"
     with pytest.raises(ValueError, match="has no column 'time'; its columns are user, item, when"):
         all_rows(path, columns=("user", "item", "time"))
 

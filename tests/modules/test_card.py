@@ -17,9 +17,15 @@ def config():
 def test_a_data_sets_terms_are_the_licence(config):
     data = ModelCard(card.tokenizer_card(config, "sample", 9742, "tfidf-svd", {"unique_share": 0.61362})).data
     assert (data.license, data.license_name) == ("other", "grouplens")
-    assert data.license_link.endswith("/ml-latest-small-README.html")
+    assert data.license_link.endswith("/ml-latest-small-README.html") and data.datasets == ["ml-latest-small"]
+    assert ModelCard(card.tokenizer_card(config, "amazon_beauty", 3)).data.datasets == ["amazon_beauty"]
     own = ModelCard(card.tokenizer_card(config))
-    assert own.data.license == "unknown" and own.data.eval_results is None and "RqVae.from_pretrained" in own.text
+    assert (
+        own.data.license == "unknown"
+        and own.data.eval_results is None
+        and own.data.datasets is None
+        and "RqVae.from_pretrained" in own.text
+    )
 
 
 @pytest.mark.parametrize(

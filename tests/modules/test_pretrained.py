@@ -45,9 +45,11 @@ def test_a_folder_is_pushed_again_over_the_old_one(hub, model, tmp_path):
     model.push_to_hub("owner/tokenizer")
     other = RqVae(6, embed_dim=3, hidden_dims=(5,), codebook_size=4)
     other.save_pretrained(tmp_path / "folder")
-    (tmp_path / "folder" / "notes.txt").write_text("stays here")
+    (tmp_path / "folder" / "notes.log").write_text("stays here")
+    (tmp_path / "folder" / "GROUPLENS.txt").write_text("terms")
     push_folder(tmp_path / "folder", "owner/tokenizer")
-    assert "notes.txt" not in hub.repositories["owner/tokenizer"]["main"]
+    pushed = hub.repositories["owner/tokenizer"]["main"]
+    assert "notes.log" not in pushed and pushed["GROUPLENS.txt"] == b"terms"
     assert same(RqVae.from_pretrained("owner/tokenizer"), other)
 
 

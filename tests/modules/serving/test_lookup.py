@@ -42,6 +42,8 @@ def test_numbers_are_keys_as_text_has_them():
         ("genres = Sci-Fi", [0]),
         ("title = two = 2", [1]),
         ("title contains ONE", [0, 2]),
+        ('genres = "Sci-Fi"', [0]),
+        ("title='two ones'", [2]),
     ],
 )
 def test_a_predicate_fits_items(predicate, items):
@@ -54,7 +56,9 @@ def test_a_predicate_fits_items(predicate, items):
         ("Horror", "'Horror' is neither a list of keys nor a predicate"),
         ("genres =", "nor a predicate"),
         ("genre = Horror", "no column 'genre', but title, genres; train.item_columns"),
-        ("genres = Hor", "fits no item"),
+        ("genres = Hor", r"'genres = Hor' fits no item\.$"),
+        ("genres = Horror or genres = War", "fits no item. A predicate has one value: for several give a file of keys"),
+        ("genres = Horror and War", "fits no item. A predicate has one value"),
     ],
 )
 def test_what_is_no_predicate_of_these_items_is_named(predicate, message):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -161,8 +162,16 @@ def test_a_series_of_lists_ranks_as_lists_do():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="k = 0"):
-        RECOMMENDER.rank([[1]], 0)
+    for name in ("k", "batch_size"):
+        for value in (0, "5", 2.5, True):
+            with pytest.raises(ValueError, match=f"^{name} = {value!r} must be a whole number, 1 or more.$"):
+                RECOMMENDER.recommend([[1]], **{name: value})
+    for value in ("a", math.inf, None):
+        with pytest.raises(ValueError, match=f"^cold_bonus = {value!r} must be a finite number.$"):
+            RECOMMENDER.recommend([[1]], cold_bonus=value)
+    assert torch.equal(
+        RECOMMENDER.rank([[1]], np.int64(3), batch_size=np.int32(2)).items, RECOMMENDER.rank([[1]], 3).items
+    )
     with pytest.raises(ValueError, match="allow has 2 collections of keys for 1 histories"):
         RECOMMENDER.rank([[1]], allow=[{1}, {2}])
 
