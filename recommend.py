@@ -14,7 +14,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load
 
 import argparse
-import logging
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -109,8 +108,6 @@ def recommend(arguments: argparse.Namespace) -> None:
     if arguments.out and arguments.out.resolve() == arguments.histories.resolve():
         raise ValueError(f"--out {arguments.out} would take the place of the histories: name another file.")
     accelerator = distributed.start(cpu=arguments.device == "cpu")
-    if not accelerator.is_main_process:
-        logging.getLogger("data").setLevel(logging.ERROR)  # one warning of a file is enough
     recommender = Recommender.from_pretrained(arguments.pipeline, arguments.revision, accelerator.device)
     options = {"k": arguments.k, "exclude_seen": not arguments.include_seen, "cold_bonus": arguments.cold_bonus}
     for name in ("allow", "block"):

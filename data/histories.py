@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
+from accelerate import PartialState
 
 from data.corpus import Corpus
 from data.lines import DECODER, parsed
@@ -148,7 +149,7 @@ def _from_table(
         elif item in names:
             if time != COLUMNS[2]:
                 check_columns(path, names, [time])
-            elif time not in names and path.suffix != ".json":  # whose lists are in order
+            elif time not in names and path.suffix != ".json" and PartialState().is_main_process:  # .json is
                 logger.warning(f"{path} has no column {time!r}: each user's rows are taken to be in time order")
             batches = _grouped(path, user, item, time if time in names else None).iter_slices(size)
         else:

@@ -75,7 +75,8 @@ class VectorSum(nn.Module):
         dtype = stream_dtype(next(self.mlp.parameters()))
         wide, activation, narrow = self.mlp
         assert isinstance(wide, nn.Linear)
-        weight = F.pad(wide.weight, (0, features.shape[1] - wide.in_features))
+        spare = features.shape[1] - wide.in_features
+        weight = F.pad(wide.weight, (0, spare)) if spare else wide.weight
         described = narrow(activation(F.linear(features.to(dtype), weight, wide.bias))).to(dtype)
         return described if rows is None else rows + described
 

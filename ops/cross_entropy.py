@@ -108,7 +108,8 @@ def _chunked(
             torch.mm(logits, vectors, out=dx[part])
             _add_product(dvectors, logits.T, (x[part] * shares[part]).to(dtype))
     dvectors = dvectors[:N] * unit
-    dvectors = dvectors - dvectors.mean(0) if gradients and dtype != wide else dvectors
+    if gradients and dtype != wide:
+        dvectors -= dvectors.mean(0)
     return sums[0], dx, dvectors, sums[1]
 
 

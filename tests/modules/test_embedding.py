@@ -112,3 +112,13 @@ def test_features_that_are_missing_are_named(build, name):
     with pytest.raises(ValueError, match=rf'{name} names "features".*features\.npy'):
         make(build, ("free", "features"), features=None)
     make(build, ("free",), features=None)
+
+
+def test_columns_that_pad_the_features_change_nothing():
+    """As on a GPU, where products of odd widths are slow."""
+    for vectors in (make(item_vectors, ("free", "features")), *make(node_vectors, ("features",))):
+        plain = vectors()
+        vectors.features = torch.nn.functional.pad(vectors.features, (0, 3))
+        torch.testing.assert_close(vectors(), plain)
+        grads = torch.autograd.grad(vectors().sum(), vectors.mlp[0].weight)
+        assert grads[0].shape == vectors.mlp[0].weight.shape

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from modules.generation.beam_search import beam_search
 from modules.model import EncoderDecoderRetrievalModel
@@ -192,6 +193,9 @@ def test_what_is_saved_is_loaded_bit_by_bit(tmp_path, layout):
     assert torch.equal(loaded(batch).levels, model.eval()(batch).levels)
     with pytest.raises(ValueError, match="generates the IDs of tree"):
         EncoderDecoderRetrievalModel.from_pretrained(tmp_path / "new" / "folder", Tree.build(CODES.flip(0)))
+    save_file({**weights, "nodes.0.mlp.2.bias": torch.zeros(8)}, tmp_path / "new" / "folder" / "model.safetensors")
+    with pytest.raises(ValueError, match="earlier version, which differs in nodes.0.mlp.2.bias: train it anew"):
+        EncoderDecoderRetrievalModel.from_pretrained(tmp_path / "new" / "folder", tree)
     config = tmp_path / "new" / "folder" / "config.json"
     config.write_text(json.dumps({"level_sizes": [3, 3], "prefix_buckets": 64}))
     with pytest.raises(ValueError, match="earlier version"):
