@@ -149,7 +149,7 @@ def _from_table(
         elif item in names:
             if time != COLUMNS[2]:
                 check_columns(path, names, [time])
-            elif time not in names and path.suffix != ".json" and PartialState().is_main_process:  # .json is
+            elif time not in names and path.suffix != ".json" and PartialState().is_main_process:
                 logger.warning(f"{path} has no column {time!r}: each user's rows are taken to be in time order")
             batches = _grouped(path, user, item, time if time in names else None).iter_slices(size)
         else:
