@@ -37,10 +37,8 @@ def searcher(model: EncoderDecoderRetrievalModel, beams: int | None, args) -> Ca
     @torch.no_grad()
     def best(history: JaggedTensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            if beams is None:
-                found = whole_catalogue(model, history, vectors, history)
-            else:
-                found = beam_search(model, history, vectors, beams, history)
+            inputs = model, model.encode(history, vectors), vectors
+            found = beam_search(*inputs, beams, history) if beams else whole_catalogue(*inputs, history)
         return found.best(model.item_share, TOP).items
 
     return best

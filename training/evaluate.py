@@ -118,8 +118,9 @@ class Evaluation:
     @torch.no_grad()
     def best(self, batch: SeqBatch, k: int, new: bool) -> RankedItems:
         """The k best items of each user; new: of those not consumed."""
-        inputs, consumed = (self.model, batch.history, self._vectors), (batch.consumed, new)
+        consumed = batch.consumed, new
         with self._accelerator.autocast():
+            inputs = self.model, self.model.encode(batch.history, self._vectors), self._vectors
             found = whole_catalogue(*inputs, *consumed) if self.exact else beam_search(*inputs, self.beams, *consumed)
             return found.best(self.model.item_share, k)
 
@@ -160,7 +161,8 @@ class Evaluation:
         batch = self._batch(planned, samples, n_real)
         left_out, targets = consumed(batch), batch.targets.values
         with self._accelerator.autocast():
-            found = whole_catalogue(self.model, batch.history, self._vectors, left_out)
+            encoded = self.model.encode(batch.history, self._vectors)
+            found = whole_catalogue(self.model, encoded, self._vectors, left_out)
         ranks = [torch.stack(exact_ranks(found.scores(share), targets, left_out)) for share in self.shares]
         return torch.stack(ranks)
 
@@ -169,9 +171,11 @@ class Evaluation:
         """See `ranks`."""
         batch = self._batch(planned, samples, n_real)
         left_out, targets, missing, ranks = consumed(batch), batch.targets.values, self.model.tree.n_items, []
+        with self._accelerator.autocast():
+            encoded = self.model.encode(batch.history, self._vectors)
         for new in (False, True):
             with self._accelerator.autocast():
-                found = beam_search(self.model, batch.history, self._vectors, self.beams, left_out, new)
+                found = beam_search(self.model, encoded, self._vectors, self.beams, left_out, new)
             ranks.append(torch.stack([candidate_ranks(found, share, targets, missing) for share in self.shares]))
         return torch.stack(ranks, 1)
 

@@ -96,7 +96,7 @@ class LeftOut:
 @torch.no_grad()
 def beam_search(
     model: EncoderDecoderRetrievalModel,
-    history: JaggedTensor,
+    encoded: Encoded,
     vectors: Vectors,
     beams: int,
     consumed: JaggedTensor | None = None,
@@ -105,13 +105,12 @@ def beam_search(
 ) -> Candidates:
     """The `beams` items of every user with the highest probability down the tree, best first.
 
-    consumed: rows of all items that the users have consumed, for the item head. left_out: what is no candidate; new
-    stands for the consumed items. A node whose items are all left out is never entered, so K items come whenever K are
-    left. Exact where no level has more nodes than beams. The model should be in evaluation mode. Shape: B histories
-    -> C = min(beams, N).
+    encoded: histories, by `encode` of the model in evaluation mode. consumed: rows of all items that the users have
+    consumed, for the item head. left_out: what is no candidate; new stands for the consumed items. A node whose items
+    are all left out is never entered, so K items come whenever K are left. Exact where no level has more nodes than
+    beams. Shape: B histories -> C = min(beams, N).
     """
-    tree, encoded = model.tree, model.encode(history, vectors)
-    users, device = history.batch_size, history.values.device
+    tree, users, device = model.tree, len(encoded.state), encoded.state.device
     out = LeftOut.of(consumed, tree) if new and consumed is not None else left_out
     nodes = torch.zeros(users, 1, dtype=torch.int32, device=device)
     scores, cache = torch.zeros(users, 1, device=device), None
@@ -142,19 +141,19 @@ def beam_search(
 @torch.no_grad()
 def whole_catalogue(
     model: EncoderDecoderRetrievalModel,
-    history: JaggedTensor,
+    encoded: Encoded,
     vectors: Vectors,
     consumed: JaggedTensor | None = None,
     new: bool = False,
     left_out: LeftOut | None = None,
 ) -> Candidates:
-    """All N items of every user with their exact scores, in the order of their ids. consumed, new, left_out: as of
-    `beam_search`; what is no candidate is -1. ValueError with a decoder, whose queries depend on the path: its whole
-    catalogue is a beam search with N beams."""
+    """All N items of every user with their exact scores, in the order of their ids. encoded, consumed, new, left_out:
+    as of `beam_search`; what is no candidate is -1. ValueError with a decoder, whose queries depend on the path: its
+    whole catalogue is a beam search with N beams."""
     if model.decoder is not None:
         raise ValueError("With a decoder (decoder_layers > 0) the whole catalogue is a search with N beams.")
-    tree, encoded, users = model.tree, model.encode(history, vectors), history.batch_size
-    items, leaf = torch.arange(tree.n_items, device=history.values.device).expand(users, -1), tree.item_nodes[:, -1]
+    tree, users, leaf = model.tree, len(encoded.state), model.tree.item_nodes[:, -1]
+    items = torch.arange(tree.n_items, device=leaf.device).expand(users, -1)
     by_leaf = tree_log_probs(model, encoded, vectors) if "tree" in model.heads else None
     head = head_logits(model, encoded, vectors, consumed) if "items" in model.heads else None
     out = LeftOut.of(consumed, tree) if new and consumed is not None else left_out
@@ -171,8 +170,27 @@ def head_logits(
     head = products(encoded.state, vectors.items)
     if consumed is None:
         return head
-    place = row_indices(consumed.offsets, len(consumed.values)), consumed.values  # some of them twice
-    return head.index_put(place, head[place] + model.seen_bias.to(head.dtype))
+    place = row_indices(consumed.offsets, len(consumed.values)), consumed.values
+    return _add_to_seen(head, place, model.seen_bias)
+
+
+def head_normalizer(
+    model: EncoderDecoderRetrievalModel, encoded: Encoded, vectors: Vectors, consumed: JaggedTensor, size: int
+) -> Tensor:
+    """The logarithm of the sum of exp(`head_logits`), [B, 1], of which `size` items' exist at a time. It waits for the
+    device."""
+    assert vectors.items is not None  # there is an item head
+    rows, parts = row_indices(consumed.offsets, len(consumed.values)), []
+    for start in range(0, len(vectors.items), size):
+        head, items = products(encoded.state, vectors.items[start : start + size]), consumed.values - start
+        here = (items >= 0) & (items < head.shape[1])
+        parts.append(_add_to_seen(head, (rows[here], items[here]), model.seen_bias).logsumexp(1))
+    return torch.stack(parts, 1).logsumexp(1, keepdim=True)
+
+
+def _add_to_seen(head: Tensor, place: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+    """place: rows and columns of logits, some of them twice."""
+    return head.index_put_(place, head[place] + bias.to(head.dtype))
 
 
 def tree_log_probs(model: EncoderDecoderRetrievalModel, encoded: Encoded, vectors: Vectors) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.schemas import RankedItems
-from modules.generation.beam_search import Candidates, LeftOut, beam_search, head_logits, whole_catalogue
+from modules.generation.beam_search import Candidates, LeftOut, beam_search, head_normalizer, whole_catalogue
 from modules.serving.filters import Filters, Given, chosen
 from modules.serving.lookup import Keys, Lookup
 from modules.serving.pipeline import Pipeline
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 MAX_EXACT = 500_000  # items up to which the whole catalogue is ranked
-MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # users x items that are scored at once
+MAX_LOGITS = {"cpu": 2**24, "cuda": 2**27}  # of users, for items or children, that exist at once
 BEAMS = 50
 
 
@@ -141,14 +141,14 @@ class Recommender:
         known, unknown = self._lookup.rows(histories)
         filters = Filters.of(self._lookup, len(unknown), known if exclude_seen else None, allow, block)
         k = min(int(k), len(self.keys))
-        size = max(1, min(int(batch_size), MAX_LOGITS[self.device.type] // len(self.keys)))
+        by_beams = max(BEAMS, k) * max(self.model.tree.fanout)
         items, scores = torch.full((len(unknown), k), -1), torch.full((len(unknown), k), float("-inf"))
         warm = known.lengths > 0
         for group, cold in ((warm.nonzero()[:, 0], False), ((~warm).nonzero()[:, 0], True)):
             if len(group) == 0:
                 continue
-            found = []
-            for users in group.split(size):
+            found, scored = [], len(self.keys) if cold or self._exact else by_beams
+            for users in group.split(max(1, min(int(batch_size), MAX_LOGITS[self.device.type] // scored))):
                 left_out = filters.left_out(users, self.model.tree)
                 if cold:
                     found.append(self._by_popularity(len(users), k, left_out))
@@ -163,19 +163,19 @@ class Recommender:
         """rows: all consumed items. Scores are log-probabilities over the whole catalogue, whatever is left out; beams
         down the tree with an item head beside it give a lower bound."""
         history, consumed = chosen(rows, most=self.max_items).to(self.device), rows.to(self.device)
-        share = self.model.item_share
+        share, encoded = self.model.item_share, self.model.encode(history, self._vectors)
+        inputs = self.model, encoded, self._vectors
         if self._exact:
-            found = whole_catalogue(self.model, history, self._vectors, consumed, left_out=left_out)
+            found = whole_catalogue(*inputs, consumed, left_out=left_out)
             fused = found.fused(share)
             fused = fused + cold_bonus * self._cold if cold_bonus else fused
             found, total = Candidates(found.items, fused, None), fused.logsumexp(1, keepdim=True)
         else:
-            found = beam_search(self.model, history, self._vectors, max(BEAMS, k), consumed, left_out=left_out)
+            found = beam_search(*inputs, max(BEAMS, k), consumed, left_out=left_out)
             total = 0.0
             if "items" in self.model.heads:
-                encoded = self.model.encode(history, self._vectors)
-                logits = head_logits(self.model, encoded, self._vectors, consumed)
-                total = share * logits.logsumexp(1, keepdim=True)
+                at_once = max(1, MAX_LOGITS[self.device.type] // rows.batch_size)
+                total = share * head_normalizer(*inputs, consumed, at_once)
         ranked = found.best(share, k)
         return RankedItems(ranked.items, ranked.scores - total)
 

@@ -216,5 +216,6 @@ def test_a_trained_model_ranks_what_it_has_seen_first(layout):
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.3 * first
-    ranked = beam_search(model.eval(), batch.history, model.vectors(), beams=5).best(0.0, 5)
+    encoded = model.eval().encode(batch.history, vectors := model.vectors())
+    ranked = beam_search(model, encoded, vectors, beams=5).best(0.0, 5)
     assert ranked.items[:, 0].tolist() == [walk[-1] for walk in walks]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.generation.beam_search import LeftOut, beam_search, whole_catalogue
+from modules.generation.beam_search import LeftOut, beam_search, head_normalizer, whole_catalogue
 from modules.tree import Tree
 from ops.jagged import JaggedTensor
 from tests.modules.helpers import dense_log_probs, dense_queries, make_model, random_catalogue
@@ -19,6 +19,13 @@ def rows_of(histories: list[list[int]]) -> JaggedTensor:
     return jagged([torch.tensor(row, dtype=torch.int64) for row in histories])
 
 
+@torch.no_grad()
+def encoded(model, histories: list[list[int]]) -> tuple:
+    """The first arguments of each search."""
+    vectors = model.vectors()
+    return model, model.encode(rows_of(histories), vectors), vectors
+
+
 def by_item(candidates, values: torch.Tensor, n_items: int) -> torch.Tensor:
     """Values [B, C] of candidates as [B, N], -inf for items that are none."""
     table = torch.full((len(values), n_items + 1), float("-inf"), dtype=values.dtype)
@@ -29,9 +36,9 @@ def by_item(candidates, values: torch.Tensor, n_items: int) -> torch.Tensor:
 def test_all_beams_and_the_exact_ranking_are_the_products_of_the_probabilities(decoder_layers):
     codes, _ = random_catalogue(23, seed=1)
     model = make_model(codes, decoder_layers=decoder_layers).double()
-    vectors, history = model.vectors(), rows_of(HISTORIES)
-    found = [beam_search(model, history, vectors, beams=23)]
-    found += [whole_catalogue(model, history, vectors)] if decoder_layers == 0 else []
+    inputs = encoded(model, HISTORIES)
+    found = [beam_search(*inputs, beams=23)]
+    found += [whole_catalogue(*inputs)] if decoder_layers == 0 else []
     items = list(range(23))  # each as the target of each history, whose path a decoder follows
     state, queries, own, nodes = dense_queries(
         model, codes, [h for h in HISTORIES for _ in items], [[n] for _ in HISTORIES for n in items], features_of(model)
@@ -48,10 +55,8 @@ def test_all_beams_and_the_exact_ranking_are_the_products_of_the_probabilities(d
 def test_both_heads_rank_by_their_weighted_sum():
     codes, _ = random_catalogue(23, seed=2)
     model = make_model(codes)
-    exact, beams = (
-        search(model, rows_of(HISTORIES), model.vectors(), *rest)
-        for search, rest in ((whole_catalogue, ()), (beam_search, (23,)))
-    )
+    inputs = encoded(model, HISTORIES)
+    exact, beams = whole_catalogue(*inputs), beam_search(*inputs, 23)
     for share in (0.0, 0.3, 1.0):
         ranked, other = exact.best(share, 10), beams.best(share, 10)
         scores = (1 - share) * exact.tree + share * exact.head
@@ -64,14 +69,17 @@ def test_both_heads_rank_by_their_weighted_sum():
 def test_consumed_items_have_the_learned_bias():
     codes, _ = random_catalogue(23, seed=3)
     model, consumed = make_model(codes), [[3, 1, 2, 3], [5], [22, 7, 22]]
-    vectors, history = model.vectors(), rows_of(HISTORIES)
-    plain, biased = (whole_catalogue(model, history, vectors, rows) for rows in (None, rows_of(consumed)))
+    inputs = encoded(model, HISTORIES)
+    plain, biased = (whole_catalogue(*inputs, rows) for rows in (None, rows_of(consumed)))
     expected = plain.head.clone()
     for user, items in enumerate(consumed):
         expected[user, items] += model.seen_bias
     torch.testing.assert_close(biased.head, expected)
-    beams = beam_search(model, history, vectors, 23, rows_of(consumed))
+    beams = beam_search(*inputs, 23, rows_of(consumed))
     torch.testing.assert_close(by_item(beams, beams.head, 23), expected, rtol=1e-4, atol=1e-4)
+    for size in (1, 5, 30):  # items at a time
+        normalizer = head_normalizer(*inputs, rows_of(consumed), size)
+        torch.testing.assert_close(normalizer, expected.logsumexp(1, keepdim=True))
 
 
 @pytest.mark.parametrize("decoder_layers", [0, 1])
@@ -79,11 +87,11 @@ def test_beams_do_not_die_in_a_consumed_cluster(decoder_layers):
     """60 of the 64 items of the cluster that the model likes best are consumed; 10 beams give 10 items."""
     codes = torch.tensor([[n // 64, n % 64 // 8, n % 8] for n in range(256)])
     model = make_model(codes, decoder_layers=decoder_layers, tree_loss=1.0)
-    history, vectors = rows_of([[0, 1]]), model.vectors()
-    first = int(codes[beam_search(model, history, vectors, 1).items[0, 0], 0])
+    inputs = encoded(model, [[0, 1]])
+    first = int(codes[beam_search(*inputs, 1).items[0, 0], 0])
     cluster = (codes[:, 0] == first).nonzero()[:, 0]
     consumed = cluster[torch.randperm(64)[:60]]
-    found = beam_search(model, history, vectors, 10, rows_of([consumed.tolist()]), new=True).items[0]
+    found = beam_search(*inputs, 10, rows_of([consumed.tolist()]), new=True).items[0]
     assert len(set(found.tolist())) == 10 and (found >= 0).all()
     assert not torch.isin(found, consumed).any()
 
@@ -99,8 +107,9 @@ def test_k_items_come_whenever_k_are_left(data):
     gone = [data.draw(st.lists(ids, max_size=2 * n)) for _ in range(users)]
     beams = data.draw(st.integers(1, n), "beams")
     model = make_model(codes, dim=4, ff_dim=4, n_heads=1, head_dim=2, encoder_layers=1)
-    found = beam_search(model, rows_of(histories), model.vectors(), beams, rows_of(gone), new=True)
-    exact = whole_catalogue(model, rows_of(histories), model.vectors(), rows_of(gone), new=True)
+    inputs = encoded(model, histories)
+    found = beam_search(*inputs, beams, rows_of(gone), new=True)
+    exact = whole_catalogue(*inputs, rows_of(gone), new=True)
     for user in range(users):
         items = found.items[user][found.items[user] >= 0].tolist()
         assert len(items) == min(beams, n - len(set(gone[user])))
@@ -123,4 +132,4 @@ def test_a_decoder_has_no_exact_ranking():
     codes, _ = random_catalogue(9, seed=0)
     model = make_model(codes, decoder_layers=1)
     with pytest.raises(ValueError, match="with N beams"):
-        whole_catalogue(model, rows_of([[1]]), model.vectors())
+        whole_catalogue(*encoded(model, [[1]]))
