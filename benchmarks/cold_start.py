@@ -29,7 +29,7 @@ K, CHUNK = (10, 50), 512
 BONUSES = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
 
 
-def train(warm: Corpus, folder: Path, seed: int, steps: int) -> Pipeline:
+def train(warm: Corpus, folder: Path, seed: int, steps: int, gin: list[str]) -> Pipeline:
     """Both stages on a corpus, as their scripts run."""
     warm.name = "warm"
     warm.save(folder / "processed" / "warm")
@@ -38,7 +38,8 @@ def train(warm: Corpus, folder: Path, seed: int, steps: int) -> Pipeline:
     second = {"train.pretrained_rqvae_path": f'"{folder}/rqvae"', "train.iterations": steps}
     for stage, extra in (("rqvae", {}), ("decoder", second | {"train.save_model_every": steps})):
         own = common | extra | {"train.save_dir_root": f'"{folder}/{stage}"'}
-        flags = [text for name, value in own.items() for text in ("--gin", f"{name} = {value}")]
+        bindings = [f"{name} = {value}" for name, value in own.items()] + gin * (stage == "rqvae")
+        flags = [text for binding in bindings for text in ("--gin", binding)]
         subprocess.run([sys.executable, f"train_{stage}.py", f"configs/{stage}_sample.gin", *flags], check=True)
     return Pipeline.load(folder / "decoder", tokenizer=True)
 
@@ -86,11 +87,11 @@ def by_text(made: Pipeline, index: dict[str | int, int], histories, next_keys: l
     return torch.cat(parts)
 
 
-def experiment(corpus: Corpus, folder: Path, seed: int, steps: int) -> dict[tuple[str, str], Tensor]:
+def experiment(corpus: Corpus, folder: Path, seed: int, steps: int, gin: list[str]) -> dict[tuple[str, str], Tensor]:
     """{(what ranked, which targets): recall@K of each target [M, 2]} of one draw."""
     warm, cold = without(corpus, draw(corpus.n_items, seed))
     ready = (folder / "decoder" / "pipeline" / "pipeline.json").is_file()
-    before = Pipeline.load(folder / "decoder", tokenizer=True) if ready else train(warm, folder, seed, steps)
+    before = Pipeline.load(folder / "decoder", tokenizer=True) if ready else train(warm, folder, seed, steps, gin)
     after = changed(before, cold)
     found, new, rows = targets(corpus, set(cold.keys)), set(cold.keys), dict[tuple[str, str], Tensor]()
     old_one, one = Recommender(before), Recommender(after)
@@ -118,9 +119,10 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, required=True, help="for the runs")
     parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=750, help="of stage 2 (%(default)s)")
+    parser.add_argument("--gin", action="append", default=[], metavar="BINDING", help="of stage 1; repeatable")
     arguments = parser.parse_args()
-    corpus = Corpus.load(arguments.corpus)
-    draws = [experiment(corpus, arguments.folder / f"draw{n}", n, arguments.steps) for n in arguments.draws]
+    corpus, options = Corpus.load(arguments.corpus), (arguments.steps, arguments.gin)
+    draws = [experiment(corpus, arguments.folder / f"draw{n}", n, *options) for n in arguments.draws]
     groups = list(dict.fromkeys(group for _, group in draws[0]))
     cells = {row: torch.cat([hits[row] for hits in draws]) for row in draws[0]}
     counts = {group: len(next(hits for (_, own), hits in cells.items() if own == group)) for group in groups}
