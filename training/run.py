@@ -84,7 +84,7 @@ class Run:
                 f"Process {self.accelerator.process_index} has another config or other inputs than the main process "
                 f"({self._inputs}): copy the dataset folder and the semantic IDs from one machine to the others."
             )
-        content = checkpoint_from_main(self._continued() if self.is_main else None, self.accelerator)
+        content = checkpoint_from_main(self._continued(model) if self.is_main else None, self.accelerator)
         if content is None:
             return {"step": 0, "best": {}}
         model.load_state_dict(content.weights)
@@ -93,7 +93,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(content.state["scaler"])
         return content.state
 
-    def _continued(self) -> CheckpointData | None:
+    def _continued(self, model: nn.Module) -> CheckpointData | None:
         """The checkpoint to go on from, and the log up to its step; None in a new run. Raises as `restore` does."""
         content = None
         if self._last is not None:
@@ -106,6 +106,11 @@ class Run:
                     "Choose another train.save_dir_root, or delete the folder."
                 )
             content = self.checkpoints.resume(self._last)
+            if other := sorted(content.weights.keys() ^ model.state_dict().keys()):
+                raise ValueError(
+                    f"{self.root} holds a run of an earlier version, whose weights differ in {other[0]}. Choose "
+                    "another train.save_dir_root, or delete the folder."
+                )
         if (file := self.root / "metrics.jsonl").exists():  # later steps will be written again
             step = -1 if content is None else content.state["step"]
             lines = [line for line in file.read_text(errors="replace").split("\n") if step_of(line) <= step]

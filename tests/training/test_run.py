@@ -22,8 +22,8 @@ INPUTS = {"corpus": "12ab"}
 
 
 class Model(nn.Sequential):
-    def __init__(self, **config) -> None:
-        super().__init__(nn.Linear(3, 2))
+    def __init__(self, bias: bool = True, **config) -> None:
+        super().__init__(nn.Linear(3, 2, bias))
         self.config = {"width": 2, **config}
 
 
@@ -60,6 +60,13 @@ def test_values_decide_and_what_is_known_by_content_may_have_moved(root):
     with pytest.raises(ValueError, match="already holds a run"):
         make(root, {"resume": False})
     assert len((root / "metrics.jsonl").read_text().splitlines()) == 2  # of the run that went on
+
+
+def test_weights_of_an_earlier_version_are_refused_and_nothing_is_lost(root):
+    log = (root / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"run of an earlier version, whose weights differ in 0.bias\. Choose"):
+        make(root, bias=False)
+    assert (root / "metrics.jsonl").read_bytes() == log
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"step": 3, "spl', b"\0\0\0\n", b'"step"\n', b"\xff\n", b"{}\n\n"])
