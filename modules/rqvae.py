@@ -91,6 +91,11 @@ class RqVae(nn.Module):
         super().__init__()
         if n_cat_features >= input_dim:
             raise ValueError(f"RqVae.n_cat_features is {n_cat_features}; the input has {input_dim} columns.")
+        if hidden_dims is None and codebook_update == "ema":
+            raise ValueError(
+                "RqVae.hidden_dims = None with codebook_update = 'ema' leaves nothing to train by gradients: set "
+                "codebook_update = 'gradient'."
+            )
         sizes = None if hidden_dims is None else list(hidden_dims)
         self.config = given | {"hidden_dims": sizes, "codebook_mode": codebook_mode.value}
         mask = np.zeros(input_dim, dtype=bool) if from_interactions is None else from_interactions

@@ -244,6 +244,7 @@ def test_a_missing_file_is_named(tmp_path, name):
         ({"n_cat_features": -1}, "RqVae.n_cat_features = -1: Input should be greater than or equal to 0"),
         ({"activation": "tanh"}, "RqVae.activation = 'tanh': Input should be 'relu' or 'silu'"),
         ({"codebook_update": "sum"}, "RqVae.codebook_update = 'sum': Input should be"),
+        ({"hidden_dims": None, "codebook_update": "ema"}, "leaves nothing to train by gradients: set"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
