@@ -1,6 +1,7 @@
 """Generation: users a second by beam search and by the exact ranking, and the time that one user waits.
 
     python -m benchmarks.generation
+    python -m benchmarks.generation --items 10_000_000 --dims 256
 
 Histories are as long as Amazon Beauty's test histories, over a catalogue of as many items; the weights are random,
 which changes no shape. What is timed ends with a user's 10 best items by both heads together. On a GPU passes are
@@ -17,10 +18,12 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.timing import copy_bandwidth, heading, mark, matrix_rate, seconds_between
-from benchmarks.training import MAX_ITEMS, N_USERS, beauty_like, last_of_each, make_model, weights
+from benchmarks.training import MAX_ITEMS, N_ITEMS, N_USERS, beauty_like, last_of_each, make_model, weights
 from data.batches import SequenceSource
 from modules.generation.beam_search import beam_search, whole_catalogue
 from modules.model import EncoderDecoderRetrievalModel
+from modules.serving.recommender import MAX_EXACT
+from modules.tree import Tree
 from ops.jagged import JaggedTensor
 from training.replay import Replay
 
@@ -54,7 +57,7 @@ def multiplied(model: EncoderDecoderRetrievalModel, beams: int | None) -> tuple[
 def throughput(
     model: EncoderDecoderRetrievalModel, beams: int | None, batch_size: int, args, rate: float | None
 ) -> None:
-    device, best, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.users)
+    device, best, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.users, args.items)
     source, gpu = SequenceSource(data, last_of_each(data), MAX_ITEMS, device), device.type == "cuda"
     search = Replay(lambda sizes, *plan: best(source.data.planned(sizes, *plan).history), [], device, gpu)
 
@@ -80,7 +83,11 @@ def throughput(
 
 def latency(model: EncoderDecoderRetrievalModel, beams: int | None, args, bandwidth: float | None) -> None:
     """Of one user after another, from a history on the host to items on the host."""
-    device, best, data = torch.device(args.device), searcher(model, beams, args), beauty_like(args.one_by_one)
+    device, best, data = (
+        torch.device(args.device),
+        searcher(model, beams, args),
+        beauty_like(args.one_by_one, args.items),
+    )
     source, gpu = SequenceSource(data, last_of_each(data), MAX_ITEMS, torch.device("cpu")), device.type == "cuda"
     search = Replay(lambda longest, items, offsets: best(JaggedTensor(items, offsets, longest)), [], device, gpu)
     batches = [batch.history for batch in source.in_order(1, filled=gpu)]
@@ -101,6 +108,10 @@ def latency(model: EncoderDecoderRetrievalModel, beams: int | None, args, bandwi
     )
 
 
+def tree_tensors(tree: Tree) -> list[torch.Tensor]:
+    return [*tree.first_child, *tree.parent, *tree.code, *tree.first_leaf, tree.leaf_items, tree.item_nodes]
+
+
 def name(beams: int | None) -> str:
     return f"{beams} beams" if beams else "all items"
 
@@ -114,6 +125,7 @@ def main() -> None:
     parser.add_argument("--beams", type=int, nargs="+", default=[10, 50])
     parser.add_argument("--dims", type=int, nargs="+", default=[256, 64])
     parser.add_argument("--users", type=int, default=N_USERS if gpu else 512)
+    parser.add_argument("--items", type=int, default=N_ITEMS)
     parser.add_argument("--one-by-one", type=int, default=1000 if gpu else 200, help="users whose latency is measured")
     args = parser.parse_args()
     rate = bandwidth = None
@@ -122,9 +134,10 @@ def main() -> None:
         rate, bandwidth = matrix_rate(), copy_bandwidth()
         print(f"bfloat16 matrix product: {rate / 1e12:.0f} TFLOP/s; device copy: {bandwidth / 1e12:.2f} TB/s")
     for dim in args.dims:
-        model = make_model(dim, torch.device(args.device)).eval()
-        print(f"{dim} wide, {args.dtype}:")
-        for beams in (*args.beams, None):
+        model = make_model(dim, torch.device(args.device), args.items).eval()
+        size = sum(t.numel() * t.element_size() for t in tree_tensors(model.tree)) / args.items
+        print(f"{dim} wide, {args.dtype}; the tree has {size:.0f} bytes an item")
+        for beams in (*args.beams, None) if args.items <= MAX_EXACT else args.beams:
             for batch in args.batch:
                 throughput(model, beams, batch, args, rate)
             latency(model, beams, args, bandwidth)

@@ -28,13 +28,13 @@ MAX_ITEMS, N_ITEMS, N_USERS, N_FEATURES = 20, 12_101, 22_363, 384
 WARMUP = 5  # steps, in which libraries choose their kernels
 
 
-def beauty_like(users: int = N_USERS) -> Interactions:
+def beauty_like(users: int = N_USERS, n_items: int = N_ITEMS) -> Interactions:
     """Random items in histories whose lengths follow Beauty's; one more item each, the last one's target."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.tensor(BEAUTY, dtype=torch.float)
     lengths = torch.multinomial(weights, users, replacement=True, generator=generator) + 2
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return Interactions(torch.randint(0, N_ITEMS, (int(offsets[-1]),), generator=generator, dtype=torch.int32), offsets)
+    return Interactions(torch.randint(0, n_items, (int(offsets[-1]),), generator=generator, dtype=torch.int32), offsets)
 
 
 def full_length(users: int = N_USERS) -> Interactions:
@@ -50,21 +50,24 @@ def last_of_each(data: Interactions) -> Samples:
     return Samples(torch.arange(len(last)), last, torch.zeros_like(last))
 
 
-def catalogue(device: torch.device) -> tuple[Tree, torch.Tensor]:
-    """A tree of unique codes on three levels of 256, the first two unevenly used, and features [N, D] float16."""
+def catalogue(device: torch.device, n_items: int = N_ITEMS) -> tuple[Tree, torch.Tensor]:
+    """A tree of unique codes on three levels of 256, the first two unevenly used, and features [N, D] float16. With a
+    million items or more: four levels and 64 columns."""
+    levels, columns = (3, N_FEATURES) if n_items < 1_000_000 else (4, 64)
     generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(2 * N_ITEMS, 3, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(2 * n_items, levels, generator=generator, dtype=torch.float64)
     uniform[:, :2] **= 2
     codes = (256 * uniform).long().unique(dim=0)
-    codes = codes[torch.randperm(len(codes), generator=generator)[:N_ITEMS]]
-    features = torch.randn(N_ITEMS, N_FEATURES, generator=generator).half()
-    return Tree.build(codes, (256, 256, 256)).to(device), features.to(device)
+    codes = codes[torch.randperm(len(codes), generator=generator)[:n_items]]
+    features = torch.randn(n_items, columns, generator=generator).half()
+    return Tree.build(codes, (256,) * levels).to(device), features.to(device)
 
 
-def make_model(dim: int, device: torch.device) -> EncoderDecoderRetrievalModel:
+def make_model(dim: int, device: torch.device, n_items: int = N_ITEMS) -> EncoderDecoderRetrievalModel:
     """The model that train_decoder.py trains by default, in another width."""
     torch.manual_seed(0)
-    return EncoderDecoderRetrievalModel(*catalogue(device), dim=dim, ff_dim=4 * dim, n_heads=2, head_dim=dim // 2)
+    tree, features = catalogue(device, n_items)
+    return EncoderDecoderRetrievalModel(tree, features, dim=dim, ff_dim=4 * dim, n_heads=2, head_dim=dim // 2)
 
 
 def weights(*modules: torch.nn.Module) -> int:
