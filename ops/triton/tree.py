@@ -133,7 +133,7 @@ def tree_cross_entropy(
         _forward[(triton.cdiv(P, TARGETS),)](
             query, vectors, first_child, parents, targets, order, losses, normalizers, pulls,
             P, parents.stride(0), targets.stride(0), width, smoothing,
-            TARGETS, min(max(TILE // columns, 16), 64), columns, "tf32" if half else "ieee",
+            TARGETS, min(max(TILE // columns, 16), 64), columns, "tf32" if half else "tf32x3",
             num_warps=4 if half and columns <= 256 else 8, num_stages=1,
         )  # fmt: skip
     return losses, normalizers, pulls
@@ -162,7 +162,7 @@ def tree_cross_entropy_backward(
     _backward[(len(starts),)](
         query, vectors, first_child, parents, targets, normalizers, grad_losses, order, begins, ends, grad_vectors,
         n, parents.stride(0), targets.stride(0), grad_losses.stride(0), width, smoothing,
-        CHILDREN, min(max(TILE // 2 // columns, 16), 64) if half else 16, columns, "tf32" if half else "ieee",
+        CHILDREN, min(max(TILE // 2 // columns, 16), 64) if half else 16, columns, "tf32" if half else "tf32x3",
         num_warps=4 if half and columns <= 256 else 8, num_stages=1,
     )  # fmt: skip
     return grad_vectors
