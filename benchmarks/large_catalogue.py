@@ -10,6 +10,7 @@ the first 10,000 users get ten items each.
 """
 
 import argparse
+import json
 import resource
 import subprocess
 import sys
@@ -100,14 +101,16 @@ def write(folder: Path, n_items: int, n_users: int) -> None:
     print(f"{len(interactions):,} interactions; the best list of ten has recall {STAYS * shares[:10].sum():.3f}")
 
 
-def run(script: str, folder: Path, config: str, **values) -> None:
+def run(stage: str, folder: Path, config: str, **values) -> None:
+    script = f"train_{stage}"
     path = folder / f"{script}.gin"
     path.write_text((DATA + config).format(folder=folder, **values))
     start = time.perf_counter()
     subprocess.run([sys.executable, f"{script}.py", str(path.resolve())], cwd=REPOSITORY, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    took = time.perf_counter() - start
-    print(f"\n{script}.py: {took:.0f} s, up to {peak:.1f} GiB of host memory so far\n", flush=True)
+    took, device = time.perf_counter() - start, json.loads((folder / stage / "metrics.json").read_text())
+    print(f"\n{script}.py: {took:.0f} s, up to {peak:.1f} GiB of host memory so far", end="")
+    print(f", {device.get('gpu_memory_gib', 0):.1f} GiB of the device's\n", flush=True)
 
 
 def serve(folder: Path) -> None:
@@ -141,8 +144,8 @@ def main() -> None:
         start = time.perf_counter()
         write(folder, args.items, args.users)
         print(f"drawn and cached in {time.perf_counter() - start:.0f} s", flush=True)
-    run("train_rqvae", folder, TOKENIZER, steps=args.steps[0])
-    run("train_decoder", folder, RETRIEVER, steps=args.steps[1], max_rows=args.max_rows)
+    run("rqvae", folder, TOKENIZER, steps=args.steps[0])
+    run("decoder", folder, RETRIEVER, steps=args.steps[1], max_rows=args.max_rows)
     serve(folder)
 
 

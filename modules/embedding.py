@@ -59,7 +59,10 @@ class VectorSum(nn.Module):
             return self._sum(whole, self.features)
         places = torch.arange(len(self), device=next(self.parameters()).device)
         with torch.no_grad():
-            return torch.cat([self.take(chunk) for chunk in places.split(CHUNK)])
+            made = self.take(places[:1]).repeat(len(self), 1)
+            for chunk in places[1:].split(CHUNK):
+                made[chunk] = self.take(chunk)
+        return made
 
     def take(self, index: Tensor, made: Tensor | None = None) -> Tensor:
         """Some: index [T] integers -> [T, dim]. made: all of them, if they are made already."""

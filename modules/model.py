@@ -165,6 +165,13 @@ class EncoderDecoderRetrievalModel(nn.Module):
         made = [of() if of is not None and (of.all_at_once or not training) else None for of in every]
         return Vectors(made[0], made[1:])
 
+    @torch.no_grad()
+    def remake(self, vectors: Vectors) -> None:
+        """Puts what the weights now say in the place of earlier `vectors`, one matrix after another."""
+        for of, made in zip((self.items, *self.nodes), (vectors.items, *vectors.nodes), strict=True):
+            if of is not None and made is not None:
+                made.copy_(of())
+
     def _encoder_output(self, history: JaggedTensor, vectors: Vectors) -> JaggedTensor:
         """[T * tokens_per_item, dim], normalized: history rows of item ids [T]."""
         if self.items is not None:

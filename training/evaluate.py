@@ -128,12 +128,10 @@ class Evaluation:
         """Puts the vectors of items and nodes as they are now where recordings read them."""
         self.model.eval()
         with torch.no_grad(), self._accelerator.autocast():
-            vectors = self.model.vectors()
-        if not _tensors(self._vectors):
-            self._vectors = vectors
-            return
-        for place, fresh in zip(_tensors(self._vectors), _tensors(vectors), strict=True):
-            place.copy_(fresh)
+            if self._vectors.items is None and not self._vectors.nodes:
+                self._vectors = self.model.vectors()
+            else:
+                self.model.remake(self._vectors)
 
     def _plans(self, source: SequenceSource) -> Iterator[tuple[int, tuple[Sizes, Tensor, Tensor]]]:
         """The first sample of each of this process's batches of a source with one target a sample, and its plan."""
@@ -191,7 +189,3 @@ def candidate_ranks(found: Candidates, share: float, targets: Tensor, missing: i
 def consumed(batch: SeqBatch) -> JaggedTensor:
     assert batch.consumed is not None  # outside training a batch knows what was consumed
     return batch.consumed
-
-
-def _tensors(vectors: Vectors) -> list[Tensor]:
-    return [made for made in (*vectors.nodes, vectors.items) if made is not None]

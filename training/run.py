@@ -152,9 +152,11 @@ class Run:
             self._wandb.log(step, {f"{split}/{name}": value for name, value in metrics.items()})
 
     def finish(self, metrics: dict[str, float]) -> None:
-        """Writes metrics.json and closes the log."""
+        """Writes metrics.json and closes the log. On a GPU: with the most memory that this process had of it."""
         if not self.is_main:
             return
+        if self.accelerator.device.type == "cuda":
+            metrics = {**metrics, "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
         write_file(self.root / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         self.close(metrics)
 
