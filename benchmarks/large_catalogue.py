@@ -108,9 +108,13 @@ def run(stage: str, folder: Path, config: str, **values) -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, f"{script}.py", str(path.resolve())], cwd=REPOSITORY, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    took, device = time.perf_counter() - start, json.loads((folder / stage / "metrics.json").read_text())
+    took, metrics = time.perf_counter() - start, json.loads((folder / stage / "metrics.json").read_text())
     print(f"\n{script}.py: {took:.0f} s, up to {peak:.1f} GiB of host memory so far", end="")
-    print(f", {device.get('gpu_memory_gib', 0):.1f} GiB of the device's\n", flush=True)
+    if "gpu_memory_gib" in metrics:
+        print(
+            f"; of the GPU's {metrics['gpu_memory_gib']:.1f} GiB by tensors, {metrics['gpu_held_gib']:.1f} held", end=""
+        )
+    print("\n", flush=True)
 
 
 def serve(folder: Path) -> None:

@@ -152,11 +152,16 @@ class Run:
             self._wandb.log(step, {f"{split}/{name}": value for name, value in metrics.items()})
 
     def finish(self, metrics: dict[str, float]) -> None:
-        """Writes metrics.json and closes the log. On a GPU: with the most memory that this process had of it."""
+        """Writes metrics.json and closes the log. On a GPU with the most memory that this process had of it, of tensors
+        and all that torch held."""
         if not self.is_main:
             return
         if self.accelerator.device.type == "cuda":
-            metrics = {**metrics, "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+            most = {
+                "gpu_memory_gib": torch.cuda.max_memory_allocated(),
+                "gpu_held_gib": torch.cuda.max_memory_reserved(),
+            }
+            metrics = metrics | {name: size / 2**30 for name, size in most.items()}
         write_file(self.root / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         self.close(metrics)
 
