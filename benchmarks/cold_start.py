@@ -4,7 +4,7 @@
 
 In each draw 5 % of a cached corpus' items are held out with all their interactions, both stages of the sample configs
 are trained on the rest, and the items added to the pipeline (`modules.serving.change`). Runs stay in the folder, and
-are used again. Prints Markdown, recall over the targets of all draws:
+are used again: with other --steps or --gin name another one. Prints Markdown, recall over the targets of all draws:
 cold users: those whose last item is a new one; cold events: all interactions with new items, given what came before;
 warm users: those whose last item is an old one, "before" without the new items. Nothing consumed is recommended again.
 Nearest text: by the cosine between an item's features and the mean of the history's. bonus: `cold_bonus`.

@@ -3,9 +3,9 @@
     python -m benchmarks.generation
     python -m benchmarks.generation --items 10_000_000 --dims 256
 
-Histories are as long as Amazon Beauty's test histories, over a catalogue of as many items; the weights are random,
-which changes no shape. What is timed ends with a user's 10 best items by both heads together. On a GPU passes are
-recorded as CUDA graphs, as evaluation uses them, in batches that are filled up. The limit of many users is the
+Histories are as long as Amazon Beauty's test histories, over a catalogue of as many items (or --items); the weights are
+random, which changes no shape. What is timed ends with a user's 10 best items by both heads together. On a GPU passes
+are recorded as CUDA graphs, as evaluation uses them, in batches that are filled up. The limit of many users is the
 arithmetic of the matrix products with encoder, level queries, nodes of the first level and, where all are ranked, all
 nodes and items, at the card's bfloat16 rate; that of one user the time to read what is multiplied once at its copy
 bandwidth.
@@ -83,11 +83,8 @@ def throughput(
 
 def latency(model: EncoderDecoderRetrievalModel, beams: int | None, args, bandwidth: float | None) -> None:
     """Of one user after another, from a history on the host to items on the host."""
-    device, best, data = (
-        torch.device(args.device),
-        searcher(model, beams, args),
-        beauty_like(args.one_by_one, args.items),
-    )
+    device, best = torch.device(args.device), searcher(model, beams, args)
+    data = beauty_like(args.one_by_one, args.items)
     source, gpu = SequenceSource(data, last_of_each(data), MAX_ITEMS, torch.device("cpu")), device.type == "cuda"
     search = Replay(lambda longest, items, offsets: best(JaggedTensor(items, offsets, longest)), [], device, gpu)
     batches = [batch.history for batch in source.in_order(1, filled=gpu)]

@@ -108,13 +108,12 @@ def run(stage: str, folder: Path, config: str, **values) -> None:
     start = time.perf_counter()
     subprocess.run([sys.executable, f"{script}.py", str(path.resolve())], cwd=REPOSITORY, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    took, metrics = time.perf_counter() - start, json.loads((folder / stage / "metrics.json").read_text())
-    print(f"\n{script}.py: {took:.0f} s, up to {peak:.1f} GiB of host memory so far", end="")
-    if "gpu_memory_gib" in metrics:
-        print(
-            f"; of the GPU's {metrics['gpu_memory_gib']:.1f} GiB by tensors, {metrics['gpu_held_gib']:.1f} held", end=""
-        )
-    print("\n", flush=True)
+    took = time.perf_counter() - start
+    print(f"\n{script}.py: {took:.0f} s, up to {peak:.1f} GiB of host memory so far")
+    last = json.loads((folder / stage / "metrics.jsonl").read_text().splitlines()[-1])  # of an evaluation
+    if "gpu_memory_gib" in last:
+        print(f"{last['gpu_memory_gib']:.1f} GiB of the device's for tensors, {last['gpu_held_gib']:.1f} held by torch")
+    print(flush=True)
 
 
 def serve(folder: Path) -> None:

@@ -59,8 +59,9 @@ class VectorSum(nn.Module):
             return self._sum(whole, self.features)
         places = torch.arange(len(self), device=next(self.parameters()).device)
         with torch.no_grad():
-            made = self.take(places[:1]).repeat(len(self), 1)
-            for chunk in places[1:].split(CHUNK):
+            one = self.take(places[:1])
+            made = one.new_empty(len(self), one.shape[1])
+            for chunk in places.split(CHUNK):
                 made[chunk] = self.take(chunk)
         return made
 

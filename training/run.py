@@ -141,9 +141,13 @@ class Run:
                 self._wandb.config({**self.config, "gin": gin.operative_config_str()})
 
     def log(self, step: int, split: str, metrics: dict[str, float]) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl. On a GPU it says the most memory of it that this process has had so far:
+        of tensors, and all that torch held for them."""
         if not self.is_main:
             return
+        if self.accelerator.device.type == "cuda":
+            tensors, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            metrics = metrics | {"gpu_memory_gib": tensors / 2**30, "gpu_held_gib": held / 2**30}
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         row = {"step": step, "split": split, "time": round(time.time(), 3), **row}
         with naming(file := self.root / "metrics.jsonl"), open(file, "a") as file:
@@ -152,16 +156,9 @@ class Run:
             self._wandb.log(step, {f"{split}/{name}": value for name, value in metrics.items()})
 
     def finish(self, metrics: dict[str, float]) -> None:
-        """Writes metrics.json and closes the log. On a GPU with the most memory that this process had of it, of tensors
-        and all that torch held."""
+        """Writes metrics.json and closes the log."""
         if not self.is_main:
             return
-        if self.accelerator.device.type == "cuda":
-            most = {
-                "gpu_memory_gib": torch.cuda.max_memory_allocated(),
-                "gpu_held_gib": torch.cuda.max_memory_reserved(),
-            }
-            metrics = metrics | {name: size / 2**30 for name, size in most.items()}
         write_file(self.root / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         self.close(metrics)
 

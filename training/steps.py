@@ -70,8 +70,6 @@ class Steps:
             values = dict(zip(self._names, accelerator.reduce(losses, "sum").tolist(), strict=True))
             values |= {"gradient_norm": float(norm), "learning_rate": self._optimizer.param_groups[0]["lr"]}
             speed = values["examples_per_second"] = self._speed.steps_per_second(recording) * self._batch_size
-            if accelerator.device.type == "cuda":
-                values["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if accelerator.scaler is not None:
                 values["loss_scale"] = accelerator.scaler.get_scale()
             self._run.log(step, "train", values)

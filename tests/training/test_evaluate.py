@@ -89,6 +89,19 @@ def test_loss_and_ranks_are_those_of_ranking_every_item(kind, exact):
     assert model.training
 
 
+@pytest.mark.parametrize("changed", [{}, {"max_rows": 12}])  # rows of their own, and hashed ones
+def test_each_evaluation_is_of_the_weights_as_they_are(changed):
+    source, model = setup(**changed)
+    evaluation = Evaluation(model, N_ITEMS, True, 8, stub("cpu"), recorded=False)
+    before = evaluation.ranks(source)
+    with torch.no_grad():
+        for parameter in (*model.items.parameters(), *model.nodes.parameters()):
+            parameter.normal_()
+    after, fresh = evaluation.ranks(source), Evaluation(model, N_ITEMS, True, 8, stub("cpu"), recorded=False)
+    assert torch.equal(after, fresh.ranks(source))
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
 def test_rows_are_the_shares_that_the_model_weighs_its_heads_by():
     source, model = setup()
     model.item_share.fill_(0.3)
