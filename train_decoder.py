@@ -175,7 +175,7 @@ def train(
             batch = shuffler.draw(step)
             targets = source.n_targets(*batch)
             step_losses = torch.zeros(len(names), device=device)  # this process's part
-            for share in steps.shares(*batch):
+            for share in steps.shares(*batch, sizes=source.lengths(*batch)):
                 size = bucket_size(source.n_items(*share), padding, max_items)
                 weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
                 step_losses += replay(size, *share, weight)

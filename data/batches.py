@@ -125,11 +125,15 @@ class SequenceSource:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def n_items(self, index: Tensor, uniform: Tensor | None = None) -> int:
-        """How many items the histories of `batch` of the same arguments have."""
+    def lengths(self, index: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """How many items the histories of `batch` of the same arguments have, [B] int64, on the host."""
         if uniform is None:
-            return int(self._lengths[index].sum())
-        return int(drawn(self.samples, index, uniform, self.max_items)[1].sum())
+            return self._lengths[index]
+        return drawn(self.samples, index, uniform, self.max_items)[1]
+
+    def n_items(self, index: Tensor, uniform: Tensor | None = None) -> int:
+        """How many items these histories have together."""
+        return int(self.lengths(index, uniform).sum())
 
     def n_targets(self, index: Tensor, uniform: Tensor | None = None) -> int:
         """How many targets `batch` of the same arguments has."""

@@ -33,6 +33,7 @@ class FlatParameters:
         whole = ALIGNED * self.n_shares if self.n_shares > 1 else 1
         spare = values[0].new_zeros(-self._size % whole) if values else torch.empty(0)
         self.flat = nn.Parameter(torch.cat([*values, spare]))
+        self._gradient = torch.zeros_like(self.flat)  # of all passes, so that their recordings share its memory
         self.own = self.flat
         if self.n_shares > 1 and self._parts:
             self.own = nn.Parameter(self.flat.detach().chunk(self.n_shares)[self._rank])
@@ -49,10 +50,11 @@ class FlatParameters:
         if self._parts[0].data_ptr() != self.flat.data_ptr():
             raise RuntimeError("The model was moved or cast after FlatParameters was made; make it after that.")
         gradients = [part.grad if part.grad is not None else torch.zeros_like(part) for part in self._parts]
-        gradient = torch.empty_like(self.flat)
-        gradient[self._size :].zero_()
-        torch._foreach_copy_(self._views(gradient), gradients)  # torch.cat took 145 us of a step of 3.4 ms
-        self.flat.grad = gradient if self.flat.grad is None else self.flat.grad.add_(gradient)
+        if self.flat.grad is None:
+            torch._foreach_copy_(self._views(self._gradient), gradients)  # torch.cat took 145 us of a step of 3.4 ms
+            self.flat.grad = self._gradient
+        else:
+            torch._foreach_add_(self._views(self.flat.grad), gradients)
         for part in self._parts:
             part.grad = None
 

@@ -54,9 +54,19 @@ class Steps:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def shares(self, *batch: Tensor) -> list[tuple[Tensor, ...]]:
-        """What this process takes of each tensor [B] of a batch, for each micro-step; shares may differ by one row."""
-        shares = list(zip(*(tensor.tensor_split(self._n_shares) for tensor in batch), strict=True))
+    def shares(self, *batch: Tensor, sizes: Tensor | None = None) -> list[tuple[Tensor, ...]]:
+        """What this process takes of each tensor [B] of a batch, for each micro-step; shares may differ by one row.
+        sizes: [B], of the samples. They are dealt out by size, up and down the shares in turn, so that all processes
+        have as much to do: the slowest one makes the others wait."""
+        if sizes is not None and self._n_shares > 1:
+            place = torch.arange(len(sizes)) % (2 * self._n_shares)
+            dealt = torch.minimum(place, 2 * self._n_shares - 1 - place)  # the share that the next larger one goes to
+            order = sizes.argsort(stable=True)[dealt.argsort(stable=True)]
+            parts = dealt.bincount(minlength=self._n_shares).cumsum(0)[:-1]
+            batch = tuple(tensor[order] for tensor in batch)
+        else:
+            parts = self._n_shares
+        shares = list(zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True))
         return shares[self._run.accelerator.process_index :: self._run.accelerator.num_processes]
 
     def made(self, step: int, losses: Tensor, norm: Tensor, recording: float = 0.0) -> None:

@@ -1,7 +1,8 @@
 """Cross-entropy of rows of logits, which become their own gradient.
 
-A program reads its row for the normalizer, then reads it again and writes the gradient over it: it is bound by those
-bytes.
+A program reads its row for the normalizer, then reads it again and writes the gradient over it. The instructions for a
+logit take about as long as its bytes, so that whole blocks are taken without masks, and the target's gradient is
+written by itself.
 """
 
 import torch
@@ -9,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # logits of a row that a program takes at a time
+BLOCK = 2048  # logits of a row that a program takes at a time
 ITEMS = 256  # seen items that a program takes at a time
 
 
 @triton.jit
 def _clamp(x, limit):
     """limit: the largest finite logit, which stands for infinity."""
-    return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
+    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -41,29 +42,39 @@ def _rows(
         tl.debug_barrier()  # they lie in memory before the row is read
     target = tl.load(targets + row)
     own = _clamp(tl.load(logits + target).to(tl.float32), limit)
+    columns = tl.arange(0, BLOCK)
+    whole = N // BLOCK * BLOCK
+    inside = whole + columns < N  # of the last block, which is not whole
     largest = tl.full([], -3e38, tl.float32)  # finite, so that it can be subtracted
     total = tl.zeros([], tl.float32)
-    plain = tl.zeros([], tl.float32)
-    for start in range(0, N, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-        x = _clamp(x, limit)
-        plain += tl.sum(tl.where(columns < N, x, 0.0), 0)
-        x = tl.where(columns < N, x, float("-inf"))
+    plain = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, whole, BLOCK):
+        x = _clamp(tl.load(logits + start + columns).to(tl.float32), limit)
+        plain += x
         highest = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - highest) + tl.sum(tl.exp(x - highest), 0)
         largest = highest
-    normalizer = largest + tl.log(total)
-    tl.store(out + row, normalizer - (1 - smoothing) * own - smoothing * (plain / N))
+    x = _clamp(tl.load(logits + whole + columns, mask=inside, other=0.0).to(tl.float32), limit)
+    plain += x
+    x = tl.where(inside, x, float("-inf"))
+    highest = tl.maximum(largest, tl.max(x, 0))
+    total = total * tl.exp(largest - highest) + tl.sum(tl.exp(x - highest), 0)
+    normalizer = highest + tl.log(total)
+    tl.store(out + row, normalizer - (1 - smoothing) * own - smoothing * (tl.sum(plain, 0) / N))
     dbias = tl.zeros([ITEMS], tl.float32)
     if GRADIENTS:
         tl.debug_barrier()  # all have read the target's logit before it is overwritten
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + columns, mask=columns < width, other=0.0).to(tl.float32)
-            dx = tl.exp(_clamp(x, limit) - normalizer) - smoothing / N - tl.where(columns == target, 1 - smoothing, 0.0)
-            dx = tl.where(columns < N, dx, 0.0)
-            tl.store(logits + columns, dx.to(logits.dtype.element_ty), mask=columns < width)
+        shared = smoothing / N
+        for start in range(0, whole, BLOCK):
+            x = _clamp(tl.load(logits + start + columns).to(tl.float32), limit)
+            tl.store(logits + start + columns, (tl.exp(x - normalizer) - shared).to(logits.dtype.element_ty))
+        for start in range(whole, width, BLOCK):
+            x = tl.load(logits + start + columns, mask=start + columns < N, other=0.0).to(tl.float32)
+            dx = tl.where(start + columns < N, tl.exp(_clamp(x, limit) - normalizer) - shared, 0.0)
+            tl.store(logits + start + columns, dx.to(logits.dtype.element_ty), mask=start + columns < width)
+        tl.debug_barrier()  # the target's is written last
+        dtarget = tl.exp(own - normalizer) - shared - (1 - smoothing)
+        tl.store(logits + target, dtarget.to(logits.dtype.element_ty))
         if SEEN:
             tl.debug_barrier()  # the gradients lie in memory before they are read
             for start in range(begin, end, ITEMS):
@@ -88,7 +99,7 @@ def cross_entropy_(
         contiguous = [t.contiguous() if t is not None else None for t in (targets, first, last, items, bias)]
         _rows[(P,)](
             logits, *contiguous, out, N, width, smoothing, torch.finfo(logits.dtype).max,
-            first is not None, gradients, block, ITEMS, num_warps=max(4, block // 512),
+            first is not None, gradients, block, ITEMS, num_warps=4,
         )  # fmt: skip
     return out
 
