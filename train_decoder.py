@@ -173,11 +173,12 @@ def train(
             steps.start(learning_rate * warmup_cosine(step, warmup_steps, iterations))
             seed_noise(derive_seed(seed, "dropout", step, accelerator.process_index), device)
             batch = shuffler.draw(step)
-            targets = source.n_targets(*batch)
+            lengths = source.lengths(*batch)
+            targets = source.n_targets(lengths)
             step_losses = torch.zeros(len(names), device=device)  # this process's part
-            for share in steps.shares(*batch, sizes=source.lengths(*batch)):
-                size = bucket_size(source.n_items(*share), padding, max_items)
-                weight = torch.tensor(source.n_targets(*share) / targets)  # the mean is over the step's targets
+            for *share, own_lengths in steps.shares(*batch, lengths, sizes=lengths):
+                size = bucket_size(int(own_lengths.sum()), padding, max_items)
+                weight = torch.tensor(source.n_targets(own_lengths) / targets)  # the mean is over the step's targets
                 step_losses += replay(size, *share, weight)
             norm = optimizer.update(max_gradient_norm, accelerator.scaler)
 

@@ -135,9 +135,9 @@ class SequenceSource:
         """How many items these histories have together."""
         return int(self.lengths(index, uniform).sum())
 
-    def n_targets(self, index: Tensor, uniform: Tensor | None = None) -> int:
-        """How many targets `batch` of the same arguments has."""
-        return self.n_items(index, uniform) if self.every_position else len(index)
+    def n_targets(self, lengths: Tensor) -> int:
+        """How many targets a batch has whose histories have these lengths."""
+        return int(lengths.sum()) if self.every_position else len(lengths)
 
     def batch(
         self, index: Tensor, uniform: Tensor | None = None, n_items: int | None = None, padding: int = 0

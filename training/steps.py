@@ -56,12 +56,12 @@ class Steps:
 
     def shares(self, *batch: Tensor, sizes: Tensor | None = None) -> list[tuple[Tensor, ...]]:
         """What this process takes of each tensor [B] of a batch, for each micro-step; shares may differ by one row.
-        sizes: [B], of the samples. They are dealt out by size, up and down the shares in turn, so that all processes
-        have as much to do: the slowest one makes the others wait."""
+        sizes: [B], of the samples. They are dealt out from the largest on, up and down the shares in turn, so that all
+        processes have as much to do: the slowest one makes the others wait."""
         if sizes is not None and self._n_shares > 1:
             place = torch.arange(len(sizes)) % (2 * self._n_shares)
-            dealt = torch.minimum(place, 2 * self._n_shares - 1 - place)  # the share that the next larger one goes to
-            order = sizes.argsort(stable=True)[dealt.argsort(stable=True)]
+            dealt = torch.minimum(place, 2 * self._n_shares - 1 - place)  # the share that the next smaller one goes to
+            order = sizes.argsort(stable=True, descending=True)[dealt.argsort(stable=True)]
             parts = dealt.bincount(minlength=self._n_shares).cumsum(0)[:-1]
             batch = tuple(tensor[order] for tensor in batch)
         else:

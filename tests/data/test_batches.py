@@ -50,7 +50,7 @@ def test_a_batch_is_what_slicing_gives(rows, max_items, rule, data):
     batch = source.batch(torch.tensor(index))
     users = [int(samples.user[i]) for i in index]
     positions = [int(samples.position[i]) for i in index]
-    assert source.n_targets(torch.tensor(index)) == len(index)
+    assert source.n_targets(source.lengths(torch.tensor(index))) == len(index)
     assert batch.user.tolist() == users and len(source) == len(samples)
     histories = [rows[u][max(0, p - max_items) : p] for u, p in zip(users, positions, strict=True)]
     assert to_rows(batch.history) == histories
@@ -73,7 +73,7 @@ def test_every_position_is_the_target_of_what_came_before_it(rows, max_items, da
     batch = source.batch(index, uniform)
     last = SequenceSource(interactions, samples, max_items, CPU).batch(index, uniform)
     assert to_rows(batch.history) == to_rows(last.history)
-    assert source.n_targets(index, uniform) == len(batch.targets.values)
+    assert source.n_targets(source.lengths(index, uniform)) == len(batch.targets.values)
     for row, (history, targets, final) in enumerate(
         zip(to_rows(batch.history), to_rows(batch.targets), to_rows(last.targets), strict=True)
     ):
@@ -159,7 +159,8 @@ def test_padding_rows_make_up_the_size_and_leave_the_samples_as_they_are(every_p
     source = SequenceSource(interactions, samples, 6, torch.device("cpu"), every_position)
     index, uniform = torch.tensor([0, 2, 3]), torch.tensor([0.1, 0.9, 0.5], dtype=torch.float64)
     plain, n_items = source.batch(index, uniform), source.n_items(index, uniform)
-    assert len(plain.history.values) == n_items and len(plain.targets.values) == source.n_targets(index, uniform)
+    assert len(plain.history.values) == n_items
+    assert len(plain.targets.values) == source.n_targets(source.lengths(index, uniform))
     for size in (n_items, n_items + 1, n_items + 6, n_items + 17, n_items + 18):
         filled = source.batch(index, uniform, size, padding=3)
         n_targets = len(plain.targets.values)

@@ -64,5 +64,10 @@ def test_a_batch_is_shared_out_among_micro_steps(tmp_path):
     assert [len(index) for index, _ in shares] == [4, 4, 3]
     assert torch.equal(torch.cat([index for index, _ in shares]), first)
     assert torch.equal(torch.cat([other for _, other in shares]), second)
+    sizes = torch.tensor([9, 1, 2, 8, 3, 7, 4, 6, 5, 5, 10])
+    shares = make(tmp_path)[0].shares(first, second, sizes=sizes)
+    assert [int(sizes[index].sum()) for index, _ in shares] == [20, 20, 20]
+    assert all(torch.equal(other, second[index]) for index, other in shares)
+    assert torch.cat([index for index, _ in shares]).sort().values.equal(first)
     with pytest.raises(ValueError, match="is too small for 12 shares"):
         make(tmp_path, gradient_accumulate_every=12)
