@@ -1,6 +1,8 @@
 """The retriever: encodes a user's history of items and generates the next one down the tree of semantic IDs."""
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ops.sums import take_rows
 from ops.tree import tree_cross_entropy
 
 SAMPLED_ITEMS, SAMPLED_CHILDREN = 8192, 64  # whose logits stand for all, of a catalogue with hashed rows
+MOST = 0.95  # share of the items above which all children are taken, if they are not more than that
 NO_SETTINGS = ("self", "features", "counts", "__class__")
 SEEN_SCALE = 10.0  # of the parameter behind the bias of consumed items, so that it can move as far as logits do
 
@@ -66,7 +69,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
     rows at the start. end_positions: places before a window's end that have a vector of their own, added to the token.
     max_rows: items, or nodes of a depth, up to which each has a row of its own and takes part in every softmax; with
     more, rows are hashed and the softmax is over SAMPLED_ITEMS items drawn by `counts` (half of them: uniformly) and
-    SAMPLED_CHILDREN children, with the log-q correction, without smoothing, consumed items or not.
+    up to SAMPLED_CHILDREN children, with the log-q correction, without smoothing, consumed items or not.
     counts: [N], how often each item occurs in the training data; only drawn from.
     causal_encoder: off, every history serves one target only (`train.every_position = False`).
     """
@@ -146,6 +149,16 @@ class EncoderDecoderRetrievalModel(nn.Module):
         # The item head's share in the score, chosen on validation.
         self.item_share = nn.Buffer(torch.tensor(1.0 if tree_loss <= 0 else 0.5 if self.item_loss > 0 else 0.0))
         self.to(device)
+
+    @cached_property
+    def n_drawn(self) -> list[int]:
+        """How many children to draw for a node of each depth: the least power of two, from 8 on, that leaves nothing
+        to draw for the nodes above most items; at most SAMPLED_CHILDREN."""
+        most = []
+        for depth, first in enumerate(self.tree.first_child):
+            counts = first.diff()[self.tree.item_nodes[:, depth]]
+            most.append(int(counts.kthvalue(math.ceil(MOST * len(counts))).values))
+        return [min(max(1 << (count - 1).bit_length(), 8), SAMPLED_CHILDREN) for count in most]
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -233,7 +246,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
                 level = self.tree.first_child[depth], path[:, depth], path[:, depth + 1], self.tree.fanout[depth]
                 if (nodes := vectors.nodes[depth]) is None:
                     take = self.nodes[depth].take
-                    loss = sampled_tree_cross_entropy(queries[depth], take, *level, SAMPLED_CHILDREN)
+                    loss = sampled_tree_cross_entropy(queries[depth], take, *level, self.n_drawn[depth])
                 else:
                     loss = tree_cross_entropy(queries[depth], nodes, *level, smoothing, order)
                 losses.append((loss * weights).sum())

@@ -25,15 +25,14 @@ def sampled_tree_cross_entropy(
     query: Tensor, take: Callable[[Tensor], Tensor], first_child: Tensor, parents: Tensor, targets: Tensor, fanout: int,
     size: int,
 ) -> Tensor:  # fmt: skip
-    """As `ops.tree.tree_cross_entropy`, by `size` children drawn for each target; by all where no parent has more.
-    take: makes vectors, index [T] -> [T, d]. Shape: see there."""
+    """As `ops.tree.tree_cross_entropy`, by all children of a target's parent where they are no more than `size`,
+    otherwise by that many drawn ones. take: makes vectors, index [T] -> [T, d]. Shape: see there."""
     first, count = first_child[parents].long()[:, None], first_child.diff()[parents][:, None]
-    if fanout <= size:
-        place = torch.arange(fanout, device=query.device).expand(len(query), -1)
-        expected = torch.zeros_like(count)
-    else:
-        place = (torch.rand(len(query), size, device=query.device) * count).long()
-        expected = (size / count).log()
+    place = torch.arange(min(fanout, size), device=query.device).expand(len(query), -1)
+    expected = torch.zeros_like(count)
+    if fanout > size:
+        drawn = (torch.rand(len(query), size, device=query.device) * count).long()
+        place, expected = torch.where(count > size, drawn, place), (size / count).log().clamp_max(0)
     children = first + torch.minimum(place, count - 1)
     own = (query * take(targets)).sum(1)
     vectors = take(children.flatten()).unflatten(0, children.shape).to(query.dtype)  # [P, S, d]

@@ -49,11 +49,12 @@ def test_over_all_children_it_is_the_softmax_of_each_parent(size):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_fewer_children_than_there_are_are_drawn_among_those_of_the_parent():
-    parents, targets = torch.tensor([2] * 2000), torch.tensor([4] * 2000)
-    query, vectors = torch.ones(2000, 1, dtype=torch.float64), normal(9, 1)
+def test_only_of_a_parent_with_more_children_than_size_some_are_drawn():
+    parents, targets = torch.tensor([1] * 3 + [2] * 2000), torch.tensor([1, 2, 3] + [4] * 2000)
+    query, vectors = torch.ones(2003, 1, dtype=torch.float64), normal(9, 1)
     torch.manual_seed(0)
-    losses = sampled_tree_cross_entropy(query, vectors.__getitem__, FIRST_CHILD, parents, targets, 5, size=2)
-    others = (losses + vectors[4, 0]).exp() - vectors[4, 0].exp()
+    losses = sampled_tree_cross_entropy(query, vectors.__getitem__, FIRST_CHILD, parents, targets, 5, size=3)
+    torch.testing.assert_close(losses[:3], -vectors[1:4, 0].log_softmax(0))
+    others = (losses[3:] + vectors[4, 0]).exp() - vectors[4, 0].exp()
     error = float(others.mean() - vectors[5:9, 0].exp().sum())
     assert abs(error) < 4 * float(others.std()) / 2000**0.5
