@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from filelock import AcquireReturnProxy, FileLock, Timeout
+from safetensors.torch import save_file
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,15 @@ def write_file(path: Path, content: bytes) -> None:
     """Writes a file by way of `aside`."""
     with aside(path) as part:
         part.write_bytes(content)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file by way of `aside`, without a copy in memory of what lies on the CPU."""
+    with aside(path) as part:
+        part.touch()  # with the permissions of every new file; those of save_file's are 0600
+        mode = part.stat().st_mode
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        part.chmod(mode)
 
 
 def write_rows(path: Path, n_rows: int, parts: Iterable[np.ndarray]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from common.files import folder_aside
+from common.files import folder_aside, write_tensors
 from common.packed_strings import pack_lists, pack_strings, unpack_lists, unpack_strings
 from common.schemas import Interactions
 from data.splits import Splits
@@ -139,9 +139,9 @@ class Corpus:
         header |= zip(COUNTS, (self.n_users, self.n_items, len(self.interactions)), strict=True)
         header |= {"raw_files": list(raw_files), "options": options or {}}
         with folder_aside(Path(folder)) as part:
-            (part / "tensors.safetensors").write_bytes(save(self._tensors()))  # save_file: 0600
+            write_tensors(part / "tensors.safetensors", self._tensors())
             packed = zip(DESCRIBED, (*pack_strings(self.texts()), *pack_lists(self.categories())), strict=True)
-            (part / TEXTS).write_bytes(save(dict(packed)))
+            write_tensors(part / TEXTS, dict(packed))
             (part / "corpus.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -211,7 +211,8 @@ def _validate(name: str, interactions: Interactions, item_keys: list[str], user_
     require(fits, f"offsets must be [{len(user_keys) + 1}] int64, not {list(offsets.shape)} {offsets.dtype}")
     require(len(item_keys) > 0 and len(user_keys) > 0, "needs at least one item and one user")
     for field, keys in (("item_keys", item_keys), ("user_keys", user_keys)):
-        require(len(set(keys)) == len(keys), f"{field} must be unique, {len(set(keys))} of {len(keys)} are")
+        n_distinct = len(set(keys))
+        require(n_distinct == len(keys), f"{field} must be unique, {n_distinct} of {len(keys)} are")
     lengths = offsets.diff()
     rises = int(offsets[0]) == 0 and int(offsets[-1]) == len(items) and bool((lengths >= 0).all())
     require(rises, f"offsets must rise from 0 to {len(items)}")

@@ -14,10 +14,10 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from pydantic import Field, PlainValidator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from common.files import in_turn, lock, write_file, write_rows
+from common.files import in_turn, lock, write_rows, write_tensors
 from data.chunks import encode_chunks
 from data.corpus import Corpus
 from data.items import Items
@@ -135,7 +135,7 @@ def _write(files: list[Path], source: FeatureSource, corpus: Corpus, train_lengt
                 state = source.fit(corpus, train_lengths)
                 values = checked(source.transform(state, Items.of(corpus)), source.identity, corpus.item_keys)
                 write_rows(files[0], len(values), [values])
-                write_file(files[1], save(state))
+                write_tensors(files[1], state)
 
 
 def _cached(files: list[Path], n_items: int, write: Callable[[], None], force: bool) -> np.ndarray:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from common.files import write_file
+from common.files import file_sha256, write_file, write_tensors
 from common.packed_strings import pack_strings, unpack_strings
 from data.cooccurrence import CoOccurrenceSvd
 from data.corpus import Corpus
@@ -123,9 +123,8 @@ class FittedSources:
         parts = {name: getattr(self, name) for name in names}
         sources = [{"kind": type(source).__name__, "settings": source.settings} for source in self.sources]
         states = {f"{n}.{name}": t for n, state in enumerate(self.states) for name, t in state.items()}
-        packed = save(states)
-        write_file(Path(folder) / STATES, packed)
-        head = {"format": FORMAT, "states_sha256": hashlib.sha256(packed).hexdigest(), "sources": sources}
+        write_tensors(Path(folder) / STATES, states)
+        head = {"format": FORMAT, "states_sha256": file_sha256(Path(folder) / STATES), "sources": sources}
         content = json.dumps(head | parts, indent=2, ensure_ascii=False)
         write_file(Path(folder) / SOURCES, (content + "\n").encode())
 

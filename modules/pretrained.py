@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.files import aside, write_file
+from common.files import write_file, write_tensors
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PLACE = "<this repository or folder>"  # in a card; an upload puts the repository's id there
@@ -21,15 +21,6 @@ def save_pretrained(model: nn.Module, config: dict, folder: str | Path) -> None:
     folder = Path(folder)
     write_tensors(folder / WEIGHTS, model.state_dict())
     write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file by way of `common.files.aside`, without a copy in memory of what lies on the CPU."""
-    with aside(path) as part:
-        part.touch()  # with the permissions of every new file; those of save_file's are 0600
-        mode = part.stat().st_mode
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part)
-        part.chmod(mode)
 
 
 def load_pretrained(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.files import file_sha256, flush, folder_aside, write_file
-from modules.pretrained import write_tensors
+from common.files import file_sha256, flush, folder_aside, write_file, write_tensors
 
 logger = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"

@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor
 
-from common.files import write_file
+from common.files import write_tensors
 from data.batches import SequenceSource
 from data.splits import in_training
 from modules.tokenizer.collisions import number_groups
@@ -143,7 +142,7 @@ def all_figures(
 def save_ranks(path: Path, ranks: dict[str, dict[str, Tensor]]) -> None:
     """One safetensors file: "<row>/<protocol>" to [S] int32, the users in the order of the split."""
     tensors = {f"{row}/{name}": own.int() for row, protocols in ranks.items() for name, own in protocols.items()}
-    write_file(path, save(tensors))
+    write_tensors(path, tensors)
 
 
 def paired_bootstrap(

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from common.files import file_sha256, write_file, write_rows
+from common.files import file_sha256, write_file, write_rows, write_tensors
 from common.packed_strings import pack_lists, pack_strings, unpack_lists, unpack_strings
 from data.sources import SOURCES, STATES
 from modules.model import EncoderDecoderRetrievalModel
@@ -58,7 +58,7 @@ class Pipeline:
         for name, lists in self.columns.items():
             parts = zip(("data", "offsets", "lengths"), pack_lists(lists), strict=True)
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts}
-        write_file(folder / CATALOGUE, save(tensors))
+        write_tensors(folder / CATALOGUE, tensors)
         header = {"format": FORMAT, "corpus": self.semantic_ids.corpus_name, "max_items": self.max_items}
         header["files"] = {name: file_sha256(folder / name) for name in sorted(names)}
         write_file(folder / PIPELINE, (json.dumps(header, indent=2) + "\n").encode())

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from common.files import write_file
+from common.files import write_tensors
 from common.packed_strings import pack_strings, unpack_strings
 from modules.pretrained import resolve
 from modules.tokenizer.collisions import number_groups
@@ -92,7 +91,7 @@ class SemanticIds:
             "codes_sha256": _digest(self.codes),
         }
         tensors = {"codes": self.codes.to(torch.int32).contiguous(), "key_data": data, "key_offsets": offsets}
-        write_file(Path(path), save(tensors, metadata))
+        write_tensors(Path(path), tensors, metadata)
 
     @staticmethod
     def load(path: str | Path, revision: str | None = None) -> "SemanticIds":
