@@ -1,7 +1,5 @@
 """Lists of strings as two tensors, so that they fit in a safetensors file."""
 
-from itertools import islice
-
 import torch
 from torch import Tensor
 
@@ -44,5 +42,5 @@ def pack_lists(lists: list[list[str]]) -> tuple[Tensor, Tensor, Tensor]:
 
 def unpack_lists(packed: Tensor, offsets: Tensor, lengths: Tensor) -> list[list[str]]:
     """The lists behind `pack_lists`. ValueError as of `unpack_strings`."""
-    strings = iter(unpack_strings(packed, offsets))
-    return [list(islice(strings, length)) for length in lengths.tolist()]
+    strings, bounds = unpack_strings(packed, offsets), lengths_to_offsets(lengths).tolist()
+    return [strings[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]

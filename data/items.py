@@ -63,10 +63,11 @@ def vector_table(keys: list[str], vectors: np.ndarray) -> dict[str, Tensor]:
 
 
 def look_up(table: dict[str, Tensor], keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors of items [M, D], zeros where the table has none, and which it has, [M] bool."""
+    """The vectors of items [M, D], zeros where the table has none, and which it has, [M] bool. Where they are all its
+    items, in order, the vectors are the table's own."""
     own = unpack_strings(table["keys.bytes"], table["keys.offsets"])
     if own == keys:
-        return table["vectors"].numpy().copy(), np.ones(len(keys), dtype=bool)
+        return table["vectors"].numpy(), np.ones(len(keys), dtype=bool)
     row = {key: n for n, key in enumerate(own)}
     rows = np.array([row.get(key, -1) for key in keys], dtype=np.int64)
     values = np.zeros((len(keys), table["vectors"].shape[1]), dtype=np.float32)
