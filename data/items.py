@@ -68,7 +68,7 @@ def look_up(table: dict[str, Tensor], keys: list[str]) -> tuple[np.ndarray, np.n
     own = unpack_strings(table["keys.bytes"], table["keys.offsets"])
     if own == keys:
         return table["vectors"].numpy(), np.ones(len(keys), dtype=bool)
-    row = {key: n for n, key in enumerate(own)}
+    row = dict(zip(own, range(len(own)), strict=True))
     rows = np.array([row.get(key, -1) for key in keys], dtype=np.int64)
     values = np.zeros((len(keys), table["vectors"].shape[1]), dtype=np.float32)
     values[rows >= 0] = table["vectors"].numpy()[rows[rows >= 0]]

@@ -24,11 +24,11 @@ KINDS = (str, int, float, np.integer, np.floating)
 
 
 class Lookup:
-    """keys: [N]; index: {key: item}; columns: {name: [N] lists of texts}."""
+    """keys, titles: [N]; index: {key: item}; columns: {name: [N] lists of texts}, beside the titles."""
 
-    def __init__(self, keys: list[str], columns: dict[str, list[list[str]]]) -> None:
-        self.keys, self.columns = keys, columns
-        self.index: dict[str | int, int] = {key: n for n, key in enumerate(keys)}
+    def __init__(self, keys: list[str], titles: list[str], columns: dict[str, list[list[str]]]) -> None:
+        self.keys, self._titles, self._columns = keys, titles, columns
+        self.index: dict[str | int, int] = dict(zip(keys, range(len(keys)), strict=True))
 
     def rows(self, rows: "Sequence[Keys] | pl.Series") -> tuple[JaggedTensor, np.ndarray]:
         """The items with these keys, row by row, without those that the catalogue lacks; how many each row has of them.
@@ -79,12 +79,13 @@ class Lookup:
         if (found := PREDICATE.fullmatch(wanted)) is None:
             raise ValueError(f"{wanted!r} is neither a list of keys nor a predicate: column = value, or .. contains ..")
         name, operator, value = found.group(1), found.group(2), QUOTED.sub(r"\2", found.group(3)).casefold()
-        if name not in self.columns:
+        columns = {"title": zip(self._titles, strict=True), **self._columns}
+        if name not in columns:
             raise ValueError(
-                f"{wanted!r}: the pipeline has no column {name!r}, but {', '.join(self.columns)}; train.item_columns "
+                f"{wanted!r}: the pipeline has no column {name!r}, but {', '.join(columns)}; train.item_columns "
                 "puts columns into it."
             )
-        for item, texts in enumerate(self.columns[name]):
+        for item, texts in enumerate(columns[name]):
             texts = map(str.casefold, texts)
             result[item] = value in texts if operator == "=" else any(value in text for text in texts)
         if not result.any():

@@ -72,7 +72,7 @@ class Recommender:
         self.device = self.model.tree.leaf_items.device
         self.keys, self.titles = pipeline.semantic_ids.item_keys, pipeline.titles
         self.codes = pipeline.semantic_ids.codes
-        self._lookup = Lookup(self.keys, {"title": [[title] for title in self.titles]} | pipeline.columns)
+        self._lookup = Lookup(self.keys, self.titles, pipeline.columns)
         self.index = self._lookup.index
         with torch.no_grad():
             self._vectors = self.model.vectors()

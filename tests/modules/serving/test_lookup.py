@@ -9,11 +9,8 @@ from hypothesis import strategies as st
 from modules.serving.lookup import Lookup
 
 KEYS = ["a", "7", "b c", "é"]
-COLUMNS = {
-    "title": [["One"], ["two = 2"], ["Two Ones"], [""]],
-    "genres": [["Horror", "Sci-Fi"], ["horror"], [], ["War"]],
-}
-LOOKUP = Lookup(KEYS, COLUMNS)
+TITLES = ["One", "two = 2", "Two Ones", ""]
+LOOKUP = Lookup(KEYS, TITLES, {"genres": [["Horror", "Sci-Fi"], ["horror"], [], ["War"]]})
 rows = st.lists(st.lists(st.sampled_from([*KEYS, "", "A", "none"]), max_size=5), max_size=5)
 
 
