@@ -1,6 +1,6 @@
 """Vectors of the catalogue's items and of its tree's nodes, each a sum of parts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -88,10 +88,12 @@ class VectorSum(nn.Module):
 @dataclass(frozen=True)
 class Vectors:
     """What ranking needs of the catalogue. items: [N, dim] or None; nodes: [n_d, dim] of depths 1 to L', or []. In
-    training None also stands for those that are made as they are needed."""
+    training None also stands for those that are made as they are needed. siblings: those of `nodes` that are not only
+    children, which have probability 1; [] in training, and where a whole catalogue is not to be ranked."""
 
     items: Tensor | None
     nodes: list[Tensor | None]
+    siblings: list[Tensor] = field(default_factory=list)
 
     @property
     def made_nodes(self) -> list[Tensor]:

@@ -151,6 +151,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
         self.to(device)
 
     @cached_property
+    def siblings(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`Tree.siblings` of each depth."""
+        return [self.tree.siblings(depth) for depth in range(len(self.nodes))]
+
+    @cached_property
     def n_drawn(self) -> list[int]:
         """How many children to draw for a node of each depth: the least power of two, from 8 on, that leaves nothing
         to draw for the nodes above most items; at most SAMPLED_CHILDREN."""
@@ -176,7 +181,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
         without those that are made as they are needed."""
         every = (self.items, *self.nodes)
         made = [of() if of is not None and (of.all_at_once or not training) else None for of in every]
-        return Vectors(made[0], made[1:])
+        vectors = Vectors(made[0], made[1:])
+        if training or self.decoder is not None or not all(of is None or of.all_at_once for of in every):
+            return vectors
+        siblings = [nodes[own] for nodes, (own, *_) in zip(vectors.made_nodes, self.siblings, strict=True)]
+        return Vectors(made[0], made[1:], siblings)
 
     @torch.no_grad()
     def remake(self, vectors: Vectors) -> None:
@@ -184,6 +193,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
         for of, made in zip((self.items, *self.nodes), (vectors.items, *vectors.nodes), strict=True):
             if of is not None and made is not None:
                 made.copy_(of())
+        for made, nodes, (own, *_) in zip(vectors.siblings, vectors.made_nodes, self.siblings, strict=False):
+            torch.index_select(nodes, 0, own, out=made)
 
     def _encoder_output(self, history: JaggedTensor, vectors: Vectors) -> JaggedTensor:
         """[T * tokens_per_item, dim], normalized: history rows of item ids [T]."""

@@ -86,6 +86,14 @@ class Tree:
         rest = self.leaf_items.to(device), self.item_nodes.to(device), self.fanout, self.level_sizes
         return Tree(first_child, parent, code, first_leaf, *rest)
 
+    def siblings(self, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The nodes of depth + 1 that are not only children, of m in all, whose parents are k: nodes [m], ascending;
+        offsets [k + 1] of each parent's; which of the k is the parent of each, [m]. All int64."""
+        children, parent = self.first_child[depth].diff(), self.parent[depth].long()
+        several = children > 1
+        nodes = several[parent].nonzero()[:, 0]
+        return nodes, lengths_to_offsets(children[several].long()), (several.cumsum(0) - 1)[parent[nodes]]
+
     @property
     def digest(self) -> str:
         """16 hex digits that identify the tree and which leaf each item is."""

@@ -194,16 +194,19 @@ def _add_to_seen(head: Tensor, place: tuple[Tensor, Tensor], bias: Tensor) -> Te
 
 
 def tree_log_probs(model: EncoderDecoderRetrievalModel, encoded: Encoded, vectors: Vectors) -> Tensor:
-    """log p of every leaf down the tree, in float32 or wider: [B, N]."""
-    total = None
-    for depth, (query, rows) in enumerate(zip(model.queries, vectors.made_nodes, strict=True)):
-        offsets, parent = model.tree.first_child[depth].long(), model.tree.parent[depth].long()
-        logits = products(query(encoded.state), rows).T.contiguous()  # [n, B]
-        highest = torch.segment_reduce(logits, "max", offsets=offsets)
-        shifted = logits - highest[parent]
-        normalizer = torch.segment_reduce(shifted.exp(), "sum", offsets=offsets).log()
-        log_probs = shifted - normalizer[parent]
-        total = log_probs if total is None else total[parent] + log_probs
+    """log p of every leaf down the tree, in float32 or wider: [B, N]. That of an only child is its parent's."""
+    total = None  # [n, B] of a depth
+    for depth, (query, made) in enumerate(zip(model.queries, vectors.made_nodes, strict=True)):
+        nodes, offsets, parent = model.siblings[depth]
+        state, rows = query(encoded.state), vectors.siblings[depth] if vectors.siblings else made[nodes]
+        logits = products(state, rows).T.contiguous()  # [m, B]
+        above = logits.new_zeros(1, logits.shape[1]) if total is None else total
+        total = above[model.tree.parent[depth].long()]
+        if len(nodes):
+            highest = torch.segment_reduce(logits, "max", offsets=offsets)
+            shifted = logits - highest[parent]
+            normalizer = torch.segment_reduce(shifted.exp(), "sum", offsets=offsets).log()
+            total.index_add_(0, nodes, shifted - normalizer[parent])
     assert total is not None
     return total.T
 

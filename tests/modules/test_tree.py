@@ -48,6 +48,21 @@ def test_nodes_are_the_prefixes_and_children_those_one_code_longer(codes):
 
 @settings(max_examples=60)
 @given(catalogues())
+def test_siblings_are_the_nodes_of_parents_with_several_children(codes):
+    tree = Tree.build(codes)
+    for depth in range(tree.n_levels):
+        parents, families = tree.parent[depth].tolist(), {}
+        for node, parent in enumerate(parents):
+            families.setdefault(parent, []).append(node)
+        families = [family for family in families.values() if len(family) > 1]
+        nodes, offsets, parent = tree.siblings(depth)
+        assert nodes.tolist() == sum(families, [])
+        assert offsets.tolist() == [sum(map(len, families[:n])) for n in range(len(families) + 1)]
+        assert parent.tolist() == [n for n, family in enumerate(families) for _ in family]
+
+
+@settings(max_examples=60)
+@given(catalogues())
 def test_leaves_are_the_items(codes):
     tree, depths = Tree.build(codes), by_prefix(codes)
     leaves = tree.leaf_items.tolist()
