@@ -12,9 +12,8 @@ def pack_strings(strings: list[str]) -> tuple[Tensor, Tensor]:
     Returns bytes [M] uint8 and offsets [n+1] int64; string i is `bytes[offsets[i]:offsets[i+1]]`.
     Raises UnicodeEncodeError, a ValueError, where a string holds half a surrogate pair.
     """
-    text = "".join(strings)
-    joined, one_byte_each = bytearray(text.encode("utf-8")), text.isascii()
-    lengths = [len(string if one_byte_each else string.encode("utf-8")) for string in strings]
+    joined = bytearray("".join(strings).encode("utf-8"))
+    lengths = [len(string if string.isascii() else string.encode("utf-8")) for string in strings]
     packed = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
     return packed, lengths_to_offsets(torch.tensor(lengths, dtype=torch.int64))
 
@@ -28,7 +27,7 @@ def unpack_strings(packed: Tensor, offsets: Tensor) -> list[str]:
     if not bounds or bounds[0] != 0 or bounds[-1] != len(packed) or bool((offsets.diff() < 0).any()):
         raise ValueError(f"the string offsets must rise from 0 to the number of bytes, {len(packed)}")
     joined, places = packed.numpy().tobytes(), zip(bounds, bounds[1:], strict=False)
-    if joined.isascii():  # half of the time
+    if joined.isascii():  # then it is decoded once, in half of the time
         text = joined.decode("ascii")
         return [text[start:end] for start, end in places]
     return [joined[start:end].decode("utf-8") for start, end in places]

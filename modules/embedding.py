@@ -1,6 +1,6 @@
 """Vectors of the catalogue's items and of its tree's nodes, each a sum of parts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -93,7 +93,7 @@ class Vectors:
 
     items: Tensor | None
     nodes: list[Tensor | None]
-    siblings: list[Tensor] = field(default_factory=list)
+    siblings: list[Tensor]
 
     @property
     def made_nodes(self) -> list[Tensor]:

@@ -1,8 +1,6 @@
 """The retriever: encodes a user's history of items and generates the next one down the tree of semantic IDs."""
 
-import math
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,7 @@ from ops.sampled import sampled_cross_entropy, sampled_tree_cross_entropy
 from ops.sums import take_rows
 from ops.tree import tree_cross_entropy
 
-SAMPLED_ITEMS, SAMPLED_CHILDREN = 8192, 64  # whose logits stand for all, of a catalogue with hashed rows
-MOST = 0.95  # share of the items above which all children are taken, if they are not more than that
+SAMPLED_ITEMS, SAMPLED_CHILDREN = 8192, (8, 64)  # whose logits stand for all, of a catalogue with hashed rows
 NO_SETTINGS = ("self", "features", "counts", "__class__")
 SEEN_SCALE = 10.0  # of the parameter behind the bias of consumed items, so that it can move as far as logits do
 
@@ -69,7 +66,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
     rows at the start. end_positions: places before a window's end that have a vector of their own, added to the token.
     max_rows: items, or nodes of a depth, up to which each has a row of its own and takes part in every softmax; with
     more, rows are hashed and the softmax is over SAMPLED_ITEMS items drawn by `counts` (half of them: uniformly) and
-    up to SAMPLED_CHILDREN children, with the log-q correction, without smoothing, consumed items or not.
+    the children of most nodes of the depth, but within SAMPLED_CHILDREN, with the log-q correction, without smoothing,
+    consumed items or not.
     counts: [N], how often each item occurs in the training data; only drawn from.
     causal_encoder: off, every history serves one target only (`train.every_position = False`).
     """
@@ -150,21 +148,6 @@ class EncoderDecoderRetrievalModel(nn.Module):
         self.item_share = nn.Buffer(torch.tensor(1.0 if tree_loss <= 0 else 0.5 if self.item_loss > 0 else 0.0))
         self.to(device)
 
-    @cached_property
-    def siblings(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`Tree.siblings` of each depth."""
-        return [self.tree.siblings(depth) for depth in range(len(self.nodes))]
-
-    @cached_property
-    def n_drawn(self) -> list[int]:
-        """How many children to draw for a node of each depth: the least power of two, from 8 on, that leaves nothing
-        to draw for the nodes above most items; at most SAMPLED_CHILDREN."""
-        most = []
-        for depth, first in enumerate(self.tree.first_child):
-            counts = first.diff()[self.tree.item_nodes[:, depth]]
-            most.append(int(counts.kthvalue(math.ceil(MOST * len(counts))).values))
-        return [min(max(1 << (count - 1).bit_length(), 8), SAMPLED_CHILDREN) for count in most]
-
     @property
     def heads(self) -> tuple[str, ...]:
         """Which of "tree" and "items" the model has."""
@@ -181,11 +164,9 @@ class EncoderDecoderRetrievalModel(nn.Module):
         without those that are made as they are needed."""
         every = (self.items, *self.nodes)
         made = [of() if of is not None and (of.all_at_once or not training) else None for of in every]
-        vectors = Vectors(made[0], made[1:])
-        if training or self.decoder is not None or not all(of is None or of.all_at_once for of in every):
-            return vectors
-        siblings = [nodes[own] for nodes, (own, *_) in zip(vectors.made_nodes, self.siblings, strict=True)]
-        return Vectors(made[0], made[1:], siblings)
+        whole = not training and self.decoder is None and all(of is None or of.all_at_once for of in every)
+        pairs = zip(made[1:], self.tree.siblings, strict=False) if whole else ()  # no nodes without a tree head
+        return Vectors(made[0], made[1:], [nodes[own] for nodes, (own, *_) in pairs if nodes is not None])
 
     @torch.no_grad()
     def remake(self, vectors: Vectors) -> None:
@@ -193,7 +174,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
         for of, made in zip((self.items, *self.nodes), (vectors.items, *vectors.nodes), strict=True):
             if of is not None and made is not None:
                 made.copy_(of())
-        for made, nodes, (own, *_) in zip(vectors.siblings, vectors.made_nodes, self.siblings, strict=False):
+        for made, nodes, (own, *_) in zip(vectors.siblings, vectors.made_nodes, self.tree.siblings, strict=False):
             torch.index_select(nodes, 0, own, out=made)
 
     def _encoder_output(self, history: JaggedTensor, vectors: Vectors) -> JaggedTensor:
@@ -257,7 +238,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
                 level = self.tree.first_child[depth], path[:, depth], path[:, depth + 1], self.tree.fanout[depth]
                 if (nodes := vectors.nodes[depth]) is None:
                     take = self.nodes[depth].take
-                    loss = sampled_tree_cross_entropy(queries[depth], take, *level, self.n_drawn[depth])
+                    size = min(max(self.tree.usual_fanout[depth], SAMPLED_CHILDREN[0]), SAMPLED_CHILDREN[1])
+                    loss = sampled_tree_cross_entropy(queries[depth], take, *level, size)
                 else:
                     loss = tree_cross_entropy(queries[depth], nodes, *level, smoothing, order)
                 losses.append((loss * weights).sum())

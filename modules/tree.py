@@ -3,11 +3,14 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ops.jagged import lengths_to_offsets
+
+MOST = 0.95  # share of the items
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,24 @@ class Tree:
         rest = self.leaf_items.to(device), self.item_nodes.to(device), self.fanout, self.level_sizes
         return Tree(first_child, parent, code, first_leaf, *rest)
 
-    def siblings(self, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The nodes of depth + 1 that are not only children, of m in all, whose parents are k: nodes [m], ascending;
-        offsets [k + 1] of each parent's; which of the k is the parent of each, [m]. All int64."""
-        children, parent = self.first_child[depth].diff(), self.parent[depth].long()
-        several = children > 1
-        nodes = several[parent].nonzero()[:, 0]
-        return nodes, lengths_to_offsets(children[several].long()), (several.cumsum(0) - 1)[parent[nodes]]
+    @cached_property
+    def siblings(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each depth d the m nodes of depth d + 1 that are not only children, whose parents are k: nodes [m],
+        ascending; offsets [k + 1] of each parent's; which of the k is the parent of each, [m]. All int64."""
+        found = []
+        for first, parent in zip(self.first_child, self.parent, strict=True):
+            children = first.diff()
+            several = children > 1
+            nodes = several[parent].nonzero()[:, 0]
+            offsets = lengths_to_offsets(children[several].long())
+            found.append((nodes, offsets, (several.cumsum(0) - 1)[parent[nodes]]))
+        return found
+
+    @cached_property
+    def usual_fanout(self) -> list[int]:
+        """Of each depth how many children the nodes above most items have at most; host integers, as `fanout`."""
+        counts = (first.diff()[self.item_nodes[:, depth]] for depth, first in enumerate(self.first_child))
+        return [int(count.kthvalue(math.ceil(MOST * self.n_items)).values) for count in counts]
 
     @property
     def digest(self) -> str:

@@ -45,7 +45,7 @@ class Evaluation:
             raise ValueError("train.exact = False searches the tree, which a model with tree_loss = 0 has no head for.")
         self.model, self.beams, self.exact, self.batch_size = model, beams, exact, batch_size
         self.shares = SHARES if len(model.heads) == 2 else SHARES[:1] if "tree" in model.heads else SHARES[-1:]
-        self._accelerator, self._vectors = accelerator, Vectors(None, [])  # none yet
+        self._accelerator, self._vectors = accelerator, Vectors(None, [], [])  # none yet
         self._loss = Replay(self._batch_loss, [], accelerator.device, recorded)
         self._ranks = Replay(self._exact_ranks if exact else self._beam_ranks, [], accelerator.device, recorded)
         self._recorded = recorded

@@ -58,16 +58,14 @@ class Steps:
         """What this process takes of each tensor [B] of a batch, for each micro-step; shares may differ by one row.
         sizes: [B], of the samples. They are dealt out from the largest on, up and down the shares in turn, so that all
         processes have as much to do: the slowest one makes the others wait."""
-        if sizes is not None and self._n_shares > 1:
-            place = torch.arange(len(sizes)) % (2 * self._n_shares)
-            dealt = torch.minimum(place, 2 * self._n_shares - 1 - place)  # the share that the next smaller one goes to
-            order = sizes.argsort(stable=True, descending=True)[dealt.argsort(stable=True)]
-            parts = dealt.bincount(minlength=self._n_shares).cumsum(0)[:-1]
-            batch = tuple(tensor[order] for tensor in batch)
+        n = self._n_shares
+        if sizes is None or n == 1:
+            shares = torch.arange(len(batch[0])).tensor_split(n)
         else:
-            parts = self._n_shares
-        shares = list(zip(*(tensor.tensor_split(parts) for tensor in batch), strict=True))
-        return shares[self._run.accelerator.process_index :: self._run.accelerator.num_processes]
+            order = sizes.argsort(stable=True, descending=True)
+            shares = [torch.cat([order[k :: 2 * n], order[2 * n - 1 - k :: 2 * n]]) for k in range(n)]
+        own = shares[self._run.accelerator.process_index :: self._run.accelerator.num_processes]
+        return [tuple(tensor[rows] for tensor in batch) for rows in own]
 
     def made(self, step: int, losses: Tensor, norm: Tensor, recording: float = 0.0) -> None:
         """To be called once the weights are updated; logs if due. FloatingPointError where a loss was not finite. step:

@@ -197,7 +197,7 @@ def tree_log_probs(model: EncoderDecoderRetrievalModel, encoded: Encoded, vector
     """log p of every leaf down the tree, in float32 or wider: [B, N]. That of an only child is its parent's."""
     total = None  # [n, B] of a depth
     for depth, (query, made) in enumerate(zip(model.queries, vectors.made_nodes, strict=True)):
-        nodes, offsets, parent = model.siblings[depth]
+        nodes, offsets, parent = model.tree.siblings[depth]
         state, rows = query(encoded.state), vectors.siblings[depth] if vectors.siblings else made[nodes]
         logits = products(state, rows).T.contiguous()  # [m, B]
         above = logits.new_zeros(1, logits.shape[1]) if total is None else total

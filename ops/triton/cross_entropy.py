@@ -1,8 +1,7 @@
 """Cross-entropy of rows of logits, which become their own gradient.
 
-A program reads its row for the normalizer, then reads it again and writes the gradient over it. The instructions for a
-logit take about as long as its bytes, so that whole blocks are taken without masks, and the target's gradient is
-written by itself.
+A program reads its row for the normalizer, then reads it again and writes the gradient over it. Instructions count
+beside bytes: whole blocks are taken without masks, and the target's gradient is written by itself.
 """
 
 import torch

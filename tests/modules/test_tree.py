@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modules.tree import Tree
+from modules.tree import MOST, Tree
 
 
 @st.composite
@@ -55,10 +55,21 @@ def test_siblings_are_the_nodes_of_parents_with_several_children(codes):
         for node, parent in enumerate(parents):
             families.setdefault(parent, []).append(node)
         families = [family for family in families.values() if len(family) > 1]
-        nodes, offsets, parent = tree.siblings(depth)
+        nodes, offsets, parent = tree.siblings[depth]
         assert nodes.tolist() == sum(families, [])
         assert offsets.tolist() == [sum(map(len, families[:n])) for n in range(len(families) + 1)]
         assert parent.tolist() == [n for n, family in enumerate(families) for _ in family]
+
+
+@settings(max_examples=60)
+@given(catalogues())
+def test_few_items_lie_below_a_node_with_more_than_the_usual_children(codes):
+    tree = Tree.build(codes)
+    for depth, usual in enumerate(tree.usual_fanout):
+        children = [int(tree.first_child[depth].diff()[path[depth]]) for path in tree.item_nodes.tolist()]
+        assert usual in children
+        assert sum(count <= usual for count in children) >= MOST * len(children)
+        assert sum(count < usual for count in children) < MOST * len(children)
 
 
 @settings(max_examples=60)
