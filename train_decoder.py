@@ -176,8 +176,8 @@ def train(
             lengths = source.lengths(*batch)
             targets = source.n_targets(lengths)
             step_losses = torch.zeros(len(names), device=device)  # this process's part
-            for *share, own_lengths in steps.shares(*batch, lengths, sizes=lengths):
-                size = bucket_size(int(own_lengths.sum()), padding, max_items)
+            for largest, own_lengths, *share in steps.even_shares(lengths, *batch):
+                size = bucket_size(int(own_lengths.sum()), padding, max_items, largest)
                 weight = torch.tensor(source.n_targets(own_lengths) / targets)  # the mean is over the step's targets
                 step_losses += replay(size, *share, weight)
             norm = optimizer.update(max_gradient_norm, accelerator.scaler)

@@ -151,7 +151,7 @@ def train(
             temperature = torch.tensor(hot * (cold / hot) ** (step / iterations))
             index, _ = shuffler.draw(step)
             step_losses = torch.zeros(len(names), device=device)  # this process's part
-            for (share,) in steps.shares(index):
+            for share in steps.shares(index):
                 step_losses += replay(len(share), share, temperature)
             norm = optimizer.update(max_gradient_norm, accelerator.scaler)
 

@@ -186,10 +186,14 @@ def padding_rows(batch_size: int) -> int:
     return math.isqrt(max(batch_size - 1, 0)) // 4 + 1
 
 
-def bucket_size(n_items: int, padding: int, max_items: int) -> int:
-    """Items of a batch of n_items with its padding rows: a multiple of what those hold; without them n_items."""
+def bucket_size(n_items: int, padding: int, max_items: int, largest: int = 0) -> int:
+    """Items of a batch of n_items with its padding rows: a multiple of what those hold; without them n_items.
+    largest: items of the largest batch of all processes. If the padding rows can fill this one up to its size, all take
+    that, so that they meet a new size at once: while one records, the others wait."""
+    if not padding:
+        return n_items
     bucket = padding * max_items
-    return -(-n_items // bucket) * bucket if padding else n_items
+    return min(-(-max(n_items, largest) // bucket), n_items // bucket + 1) * bucket
 
 
 def first_occurrences(rows: JaggedTensor) -> Tensor:

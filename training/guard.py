@@ -1,5 +1,7 @@
 """A loss that is not finite ends the run, before it reaches a checkpoint."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -29,8 +31,9 @@ class NonFiniteGuard:
 
     def check(self, model: nn.Module) -> None:
         """Raises FloatingPointError, on every process, if a step was not finite, or the weights are not now."""
-        weights = torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all()
-        first_bad = torch.where(weights, self._first_bad, self._first_bad.clamp_max(NEVER - 1))
+        weights = [t for t in model.state_dict().values() if t.is_floating_point() and t.numel()]
+        largest = nn.utils.get_total_norm(weights, math.inf)  # a few kernels for all
+        first_bad = torch.where(largest.isfinite(), self._first_bad, self._first_bad.clamp_max(NEVER - 1))
         step = int(self._accelerator.gather(first_bad).min())
         if step == NEVER:
             return

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.shuffle import Shuffler
@@ -54,18 +55,23 @@ class Steps:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def shares(self, *batch: Tensor, sizes: Tensor | None = None) -> list[tuple[Tensor, ...]]:
-        """What this process takes of each tensor [B] of a batch, for each micro-step; shares may differ by one row.
-        sizes: [B], of the samples. They are dealt out from the largest on, up and down the shares in turn, so that all
-        processes have as much to do: the slowest one makes the others wait."""
-        n = self._n_shares
-        if sizes is None or n == 1:
-            shares = torch.arange(len(batch[0])).tensor_split(n)
-        else:
-            order = sizes.argsort(stable=True, descending=True)
-            shares = [torch.cat([order[k :: 2 * n], order[2 * n - 1 - k :: 2 * n]]) for k in range(n)]
-        own = shares[self._run.accelerator.process_index :: self._run.accelerator.num_processes]
-        return [tuple(tensor[rows] for tensor in batch) for rows in own]
+    def shares(self, batch: Tensor) -> list[Tensor]:
+        """What this process takes of a batch [B], for each micro-step; shares may differ by one row."""
+        return list(self._own(batch.tensor_split(self._n_shares)))
+
+    def even_shares(self, sizes: Tensor, *batch: Tensor) -> list[tuple[int, Tensor, *tuple[Tensor, ...]]]:
+        """What this process takes of samples of unequal sizes [B] and of their tensors [B], for each micro-step: the
+        sum of the sizes in the largest share that a process has then, its own sizes, its rows of each tensor."""
+        if self._n_shares == 1:
+            return [(int(sizes.sum()), sizes, *batch)]
+        shares, sums = deal_out(sizes, self._n_shares)
+        largest = sums.view(-1, self._run.accelerator.num_processes).amax(1).tolist()
+        every = (sizes, *batch)
+        return [(most, *(t[rows] for t in every)) for most, rows in zip(largest, self._own(shares), strict=True)]
+
+    def _own(self, shares: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those of this process, of all processes' in the first micro-step, the second ..."""
+        return shares[self._run.accelerator.process_index :: self._run.accelerator.num_processes]
 
     def made(self, step: int, losses: Tensor, norm: Tensor, recording: float = 0.0) -> None:
         """To be called once the weights are updated; logs if due. FloatingPointError where a loss was not finite. step:
@@ -97,3 +103,14 @@ class Steps:
             self._run.close(status=128 + signum)
             distributed.end(self._run.accelerator)
             raise Stopped(signum, step)
+
+
+def deal_out(sizes: Tensor, n: int) -> tuple[list[Tensor], Tensor]:
+    """Numbers of B samples in n shares of about equal sums of sizes, which may differ by one sample, and the sums [n].
+
+    The samples are dealt out from the largest on, up and down the shares in turn: sums differ by the largest size at
+    most. Of several processes, one that had more to do would make the others wait. sizes: [B], not negative."""
+    order = sizes.argsort(stable=True, descending=True)
+    shares = [torch.cat([order[k :: 2 * n], order[2 * n - 1 - k :: 2 * n]]) for k in range(n)]
+    up, down = F.pad(sizes[order], (0, -len(order) % (2 * n))).view(-1, 2, n).sum(0)
+    return shares, up + down.flip(0)

@@ -182,6 +182,11 @@ def test_a_batch_is_filled_up_by_less_than_the_padding_rows_can_hold(batch_size,
     size = bucket_size(n_items, padding, max_items)
     assert n_items <= size < n_items + padding * max_items and size % (padding * max_items) == 0
     assert bucket_size(n_items, 0, max_items) == n_items
+    largest = data.draw(st.integers(n_items, batch_size * max_items))
+    common = bucket_size(n_items, padding, max_items, largest)
+    assert n_items <= common <= n_items + padding * max_items and common % (padding * max_items) == 0
+    fits = bucket_size(largest, padding, max_items)
+    assert common == (fits if fits <= n_items + padding * max_items else size)
 
 
 def test_padding_rows_may_be_longer_than_the_data():

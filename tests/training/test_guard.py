@@ -32,9 +32,16 @@ def test_finite_steps_and_weights_pass(tmp_path):
     watched.check(nn.Linear(2, 2))
 
 
-def test_weights_that_are_not_finite_are_noticed(tmp_path):
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_weights_that_are_not_finite_are_noticed(tmp_path, value, dtype):
     model = nn.Linear(2, 2)
-    model.bias.data[1] = float("inf")
+    model.weight.data[0, 0] = 1e30  # whose square float32 does not hold
+    model.register_buffer("count", torch.tensor(3))
+    model.register_buffer("none", torch.empty(0))
+    model.register_buffer("share", torch.tensor([0.5, 1.0], dtype=dtype))
+    guarded(tmp_path).check(model)
+    model.share[1] = value
     with pytest.raises(FloatingPointError, match="The weights are not finite"):
         guarded(tmp_path).check(model)
 

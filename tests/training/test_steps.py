@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from data.shuffle import Shuffler
 from training.checkpoint import Checkpoints
-from training.steps import Steps
+from training.steps import Steps, deal_out
 
 
 def make(root, **settings) -> tuple[Steps, list, list]:
@@ -60,14 +62,26 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
 
 def test_a_batch_is_shared_out_among_micro_steps(tmp_path):
     first, second = torch.arange(11), torch.arange(11) * 2.0
-    shares = make(tmp_path)[0].shares(first, second)
-    assert [len(index) for index, _ in shares] == [4, 4, 3]
-    assert torch.equal(torch.cat([index for index, _ in shares]), first)
-    assert torch.equal(torch.cat([other for _, other in shares]), second)
+    shares = make(tmp_path)[0].shares(first)
+    assert [len(index) for index in shares] == [4, 4, 3]
+    assert torch.equal(torch.cat(shares), first)
     sizes = torch.tensor([9, 1, 2, 8, 3, 7, 4, 6, 5, 5, 10])
-    shares = make(tmp_path)[0].shares(first, second, sizes=sizes)
-    assert [int(sizes[index].sum()) for index, _ in shares] == [20, 20, 20]
-    assert all(torch.equal(other, second[index]) for index, other in shares)
-    assert torch.cat([index for index, _ in shares]).sort().values.equal(first)
+    shares = make(tmp_path)[0].even_shares(sizes, first, second)
+    assert [(largest, int(own.sum())) for largest, own, *_ in shares] == [(20, 20)] * 3
+    assert all(own.equal(sizes[index]) and other.equal(second[index]) for _, own, index, other in shares)
+    assert torch.cat([index for _, _, index, _ in shares]).sort().values.equal(first)
+    ((largest, *whole),) = make(tmp_path, gradient_accumulate_every=1)[0].even_shares(sizes, first)
+    assert largest == 60 and whole[0].equal(sizes) and whole[1].equal(first)
     with pytest.raises(ValueError, match="is too small for 12 shares"):
         make(tmp_path, gradient_accumulate_every=12)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 6))
+def test_samples_are_dealt_out_into_shares_of_equal_sums(values, n):
+    sizes = torch.tensor(values)
+    shares, sums = deal_out(sizes, n)
+    assert [int(sizes[share].sum()) for share in shares] == sums.tolist()
+    assert int(sums.max() - sums.min()) <= max(values)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert torch.cat(shares).sort().values.equal(torch.arange(len(values)))
