@@ -226,7 +226,8 @@ def refit(model: RqVae, x: torch.Tensor, optimizer: ShardedAdamW, codebooks: Fla
 def catalogue_metrics(model: RqVae, x: torch.Tensor) -> dict[str, float]:
     """Of all items by their nearest codes: losses, usage and perplexity of each level, collisions."""
     codes = model.codes(x)
-    return {**model.losses(x), **codebook_usage(codes, model.config["codebook_size"]), **collisions(codes)}
+    usage = codebook_usage(codes, model.config["codebook_size"])
+    return {**model.losses(x), **usage, **collisions(codes.to(x.device))}
 
 
 def save_tokenizer(

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,7 @@ DESCRIBED = ("texts.bytes", "texts.offsets", "categories.bytes", "categories.off
 MAX_TITLE = 100  # characters
 COUNTS = ("n_users", "n_items", "n_interactions")
 HEADER_FIELDS = {"format_version", "name", "hash", "text_hash", "raw_files", *COUNTS}
+Strings = TypeVar("Strings", list[str], list[list[str]])
 REBUILD = "rebuild it with `train.force_dataset_process=True`, or delete the folder"
 
 
@@ -54,7 +56,7 @@ class Corpus:
         _validate(name, interactions, item_keys, user_keys)
         self.name, self.interactions, self.hash, self.text_hash = name, interactions, hash, text_hash
         self.item_keys, self.user_keys, self._given = item_keys, user_keys, described
-        self._tags = tags
+        self._tags, self._cached_hash = tags, text_hash  # without the tags
         self._tagged: list[str] | None = None
 
     @property
@@ -66,26 +68,31 @@ class Corpus:
         return len(self.user_keys)
 
     @cached_property
-    def _described(self) -> tuple[list[str], list[list[str]]]:
-        """Texts and categories. ValueError where the cached file is damaged or belongs to another corpus."""
-        if not isinstance(self._given, Path):
-            return self._given
+    def _texts(self) -> list[str]:
+        return self._given[0] if isinstance(self._given, tuple) else self._read(self._given, unpack_strings, slice(2))
+
+    @cached_property
+    def _categories(self) -> list[list[str]]:
+        return self._given[1] if isinstance(self._given, tuple) else self._read(self._given, unpack_lists, slice(2, 5))
+
+    def _read(self, path: Path, unpack: Callable[..., Strings], part: slice) -> Strings:
+        """Texts or categories. ValueError where the cached file is damaged or belongs to another corpus."""
         try:
-            tensors = load_file(self._given)
+            tensors = load_file(path)
             packed = [tensors[name] for name in DESCRIBED]
-            if _hash(packed[:2]) != self.text_hash:
+            if _hash(packed[:2]) != self._cached_hash:
                 raise ValueError(f"its texts are not those of corpus {self.name!r}")
-            return unpack_strings(*packed[:2]), unpack_lists(*packed[2:])
+            return unpack(*packed[part])
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(f"{self._given} can't be used ({error}): {REBUILD}") from error
+            raise ValueError(f"{path} can't be used ({error}): {REBUILD}") from error
 
     def texts(self) -> list[str]:
         """[N] descriptions, one per item, in the order of the item ids; without tags before `apply_split`."""
-        return self._tagged or self._described[0]
+        return self._tagged or self._texts
 
     def categories(self) -> list[list[str]]:
         """[N] lists of names, in the order of the item ids."""
-        return self._described[1]
+        return self._categories
 
     def titles(self) -> list[str]:
         """[N] short names for people, what stands first in the texts."""
@@ -104,7 +111,7 @@ class Corpus:
         """Makes it a corpus to train on: interactions in the split's order, texts with the tags that training knows."""
         self.interactions = splits.interactions
         if self._tags is not None:
-            self._tagged = self._tags.append(self._described[0], self._tags.known(splits, self.n_items))
+            self._tagged = self._tags.append(self._texts, self._tags.known(splits, self.n_items))
             self.text_hash = _hash([*pack_strings(self._tagged)])
 
     @staticmethod

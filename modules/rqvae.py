@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.files import write_file
 from common.module_list import ModuleList
 from common.parameters import NonNegativeInt, PositiveInt, Rate, ShareBelowOne, configurable
-from common.prefetch import stream
+from common.prefetch import chunk_rows, stream
 from modules.card import tokenizer_card
 from modules.encoder import MLP
 from modules.legacy import legacy_arguments, read_checkpoint
@@ -195,14 +195,15 @@ class RqVae(nn.Module):
         return x.masked_fill((torch.rand(len(x), 1, device=x.device) < share) & self.from_interactions, 0.0)
 
     @torch.no_grad()
-    def codes(self, x: Tensor, batch_size: int = 8192) -> Tensor:
+    def codes(self, x: Tensor, batch_size: int | None = None) -> Tensor:
         """The nearest codes of N items, chunk by chunk, in inference mode.
 
         Computed in float64, with ties going to the lower code: the same weights give the same codes on every device
         and under every precision of training. Shape: x [N, input_dim] -> [N, L] int64, on the CPU.
         """
         exact = self.exact()
-        chunks, none = stream(x, batch_size, exact.device), torch.zeros(0, len(self.layers), dtype=torch.int64)
+        chunks = stream(x, batch_size or chunk_rows(exact.device), exact.device)
+        none = torch.zeros(0, len(self.layers), dtype=torch.int64)
         return torch.cat([none, *(exact.get_semantic_ids(chunk.double()).sem_ids.cpu() for chunk in chunks)])
 
     def exact(self) -> "RqVae":
@@ -210,10 +211,10 @@ class RqVae(nn.Module):
         return copy.deepcopy(self).double().eval()
 
     @torch.no_grad()
-    def losses(self, x: Tensor, batch_size: int = 8192) -> dict[str, float]:
+    def losses(self, x: Tensor, batch_size: int | None = None) -> dict[str, float]:
         """Mean losses over a whole catalogue x [N, input_dim], in inference mode."""
         totals, model = torch.zeros(3, dtype=torch.float64), copy.deepcopy(self).eval()
-        for chunk in stream(x, batch_size, self.device):
+        for chunk in stream(x, batch_size or chunk_rows(self.device), self.device):
             out = model(chunk)
             parts = torch.stack([out.loss, out.reconstruction_loss, out.quantize_loss])
             totals += parts.double().cpu() * len(chunk) / len(x)

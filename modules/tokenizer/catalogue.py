@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.files import write_rows
-from common.prefetch import stream
+from common.prefetch import chunk_rows, stream
 from data.corpus import Corpus
 from data.features import ItemFeatures
 from data.items import Items
@@ -27,14 +27,15 @@ MAX_CANDIDATES = 32  # nearest last codes that an item may be moved to
 
 
 @torch.no_grad()
-def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> Tensor:
+def catalogue_codes(model: RqVae, x: Tensor, batch_size: int | None = None) -> Tensor:
     """Codes of all items of a catalogue: the nearest ones, as `RqVae.codes`; with the model's `separate_collisions`,
     of the items that share all of them only the nearest keeps them, the others take the first free of their 32 nearest
     last codes.
 
     This costs some accuracy (`reconstruction_error`) and suits catalogues that fill a small part of the code space:
     where most items would move, the last level says little. New items get the nearest codes from `RqVae.codes`.
-    The features are read once, in order. Shape: x [N, input_dim] -> [N, L] int64, on the model's device.
+    The features are read once, in order, batch_size rows at a time: how many changes nothing.
+    Shape: x [N, input_dim] -> [N, L] int64, on the model's device.
     """
     if not model.config["separate_collisions"]:
         return model.codes(x, batch_size).to(model.device)
@@ -44,11 +45,11 @@ def catalogue_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> Tensor:
 
 
 @torch.no_grad()
-def nearest_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> tuple[Tensor, Tensor, Tensor]:
+def nearest_codes(model: RqVae, x: Tensor, batch_size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of `RqVae.codes`, the distance to the last of them, and the K nearest last codes, on the model's
     device. Shape: x [N, input_dim] -> [N, L] int64, [N] int64, [N, K] int32."""
     exact, parts = model.exact(), []
-    for chunk in stream(x, batch_size, exact.device):
+    for chunk in stream(x, batch_size or chunk_rows(exact.device), exact.device):
         out = exact.get_semantic_ids(chunk.double())
         count = min(MAX_CANDIDATES, model.config["codebook_size"])
         distances, candidates = exact.layers[-1].ranked(out.residuals[..., -1], count)
@@ -58,9 +59,9 @@ def nearest_codes(model: RqVae, x: Tensor, batch_size: int = 8192) -> tuple[Tens
 
 
 @torch.no_grad()
-def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int = 8192) -> float:
+def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int | None = None) -> float:
     """Mean reconstruction loss of items x [N, input_dim] decoded from given codes [N, L]."""
-    total = 0.0
+    total, batch_size = 0.0, batch_size or chunk_rows(model.device)
     for rows, chunk in zip(stream(x, batch_size, model.device), codes.split(batch_size), strict=True):
         ids, seen = chunk.to(model.device), model.normalized(rows)
         latent = sum(layer.codebook[ids[:, level]] for level, layer in enumerate(model.layers))
@@ -70,7 +71,7 @@ def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int
 
 @torch.no_grad()
 def encoder_features(
-    model: RqVae, x: Tensor, columns: np.ndarray, path: Path | None = None, batch_size: int = 8192
+    model: RqVae, x: Tensor, columns: np.ndarray, path: Path | None = None, batch_size: int | None = None
 ) -> np.ndarray | None:
     """Some columns of the item features as the RQ-VAE's encoder sees them, chunk by chunk; None where there are none.
 
@@ -82,16 +83,17 @@ def encoder_features(
         if path:
             path.unlink(missing_ok=True)
         return None
+    size, chosen = batch_size or chunk_rows(model.device), torch.from_numpy(columns).to(model.device)
 
     def parts() -> Iterator[np.ndarray]:
-        for start, chunk in zip(range(0, len(x), batch_size), stream(x, batch_size, model.device), strict=True):
-            seen = model.normalized(chunk).half().cpu().numpy()[:, columns]
-            if not (finite := np.isfinite(seen).all(axis=1)).all():
+        for start, chunk in zip(range(0, len(x), size), stream(x, size, model.device), strict=True):
+            seen = model.normalized(chunk)[:, chosen].half()
+            if not (finite := seen.isfinite().all(1)).all():
                 raise ValueError(
-                    f"The features of item {start + int(finite.argmin())} reach beyond 65504, the largest float16: "
-                    "scale them, or set RqVae.standardize."
+                    f"The features of item {start + int(finite.int().argmin())} reach beyond 65504, the largest "
+                    "float16: scale them, or set RqVae.standardize."
                 )
-            yield seen
+            yield seen.cpu().numpy()
 
     if path is None:
         return np.concatenate([*parts()])

@@ -51,11 +51,13 @@ def test_texts_get_what_lies_before_the_cut_and_is_not_about_what_is_evaluated(r
 def test_tags_are_saved_with_their_corpus_and_change_its_hash(tmp_path):
     interactions = Interactions(torch.tensor([0, 1, 0], dtype=torch.int32), torch.tensor([0, 3]))
     tags = [Tags(*torch.tensor([[-1, -1], [0, 1], [0, place], [5, 6]]), ["fun", "ö"]) for place in (0, 1)]
-    one, other = (Corpus.build("tiny", interactions, ["a", "b"], ["u"], ["A.", "B."], [[], []], each) for each in tags)
+    one, other = (
+        Corpus.build("tiny", interactions, ["a", "b"], ["u"], ["A.", "B."], [["x"], []], each) for each in tags
+    )
     assert one.hash != other.hash
     one.save(tmp_path / "tiny")
     loaded = Corpus.load(tmp_path / "tiny")
     for corpus in (one, loaded):
         corpus.apply_split(leave_one_out(interactions))
-        assert corpus.texts() == ["A. Tags: fun.", "B. Tags: fun."]
+        assert corpus.texts() == ["A. Tags: fun.", "B. Tags: fun."] and corpus.categories() == [["x"], []]
     assert loaded.hash == one.hash and loaded.text_hash == one.text_hash != other.text_hash
