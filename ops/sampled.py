@@ -16,8 +16,9 @@ def sampled_cross_entropy(
     """
     uniform = torch.rand(size, dtype=torch.float64, device=targets.device) * drawn_below[-1]
     others = torch.searchsorted(drawn_below, uniform).clamp_max(len(drawn_below) - 1)
-    own = (x * take(targets)).sum(1)
-    logits = x @ take(others).T.to(x.dtype)  # [P, size]
+    mine, theirs = take(torch.cat([targets, others])).split([len(targets), size])  # at once: one gradient of a table
+    own = (x * mine).sum(1)
+    logits = x @ theirs.T.to(x.dtype)  # [P, size]
     return sampled_losses(own, logits, (drawn[others] * size).log(), others == targets[:, None])
 
 
@@ -34,9 +35,9 @@ def sampled_tree_cross_entropy(
         drawn = (torch.rand(len(query), size, device=query.device) * count).long()
         place, expected = torch.where(count > size, drawn, place), (size / count).log().clamp_max(0)
     children = first + torch.minimum(place, count - 1)
-    own = (query * take(targets)).sum(1)
-    vectors = take(children.flatten()).unflatten(0, children.shape).to(query.dtype)  # [P, S, d]
-    logits = torch.bmm(vectors, query[:, :, None]).squeeze(2)
+    mine, theirs = take(torch.cat([targets, children.flatten()])).split([len(targets), children.numel()])
+    own = (query * mine).sum(1)
+    logits = torch.bmm(theirs.unflatten(0, children.shape).to(query.dtype), query[:, :, None]).squeeze(2)  # [P, S]
     return sampled_losses(own, logits, expected, (place >= count) | (children == targets[:, None]))
 
 
