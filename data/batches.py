@@ -193,7 +193,8 @@ def bucket_size(n_items: int, padding: int, max_items: int, largest: int = 0) ->
     if not padding:
         return n_items
     bucket = padding * max_items
-    return min(-(-max(n_items, largest) // bucket), n_items // bucket + 1) * bucket
+    own, common = (-(-items // bucket) * bucket for items in (n_items, max(n_items, largest)))
+    return common if common <= n_items + bucket else own
 
 
 def first_occurrences(rows: JaggedTensor) -> Tensor:
