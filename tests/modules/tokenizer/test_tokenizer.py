@@ -36,7 +36,7 @@ def made(tmp_path_factory) -> tuple[Path, Corpus]:
     write_raw(folder)
     run(folder, "rqvae", *SOURCES, "RqVae.drop_interactions = 0.2")
     corpus = load_corpus(RecDataset.AMAZON, str(folder), "beauty")
-    corpus.texts()  # read before their file is gone
+    corpus.texts(), corpus.categories()  # read before their file is gone
     shutil.move(folder / "out" / "rqvae" / "tokenizer", folder / "alone")
     for other in ("raw", "processed", "features", "out"):
         shutil.rmtree(folder / other)
