@@ -1,5 +1,6 @@
 """Lists of strings as two tensors, so that they fit in a safetensors file."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,10 +13,11 @@ def pack_strings(strings: list[str]) -> tuple[Tensor, Tensor]:
     Returns bytes [M] uint8 and offsets [n+1] int64; string i is `bytes[offsets[i]:offsets[i+1]]`.
     Raises UnicodeEncodeError, a ValueError, where a string holds half a surrogate pair.
     """
-    joined = bytearray("".join(strings).encode("utf-8"))
-    lengths = [len(string if string.isascii() else string.encode("utf-8")) for string in strings]
-    packed = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
-    return packed, lengths_to_offsets(torch.tensor(lengths, dtype=torch.int64))
+    joined = "".join(strings)
+    sizes = map(len, strings if joined.isascii() else [string.encode("utf-8") for string in strings])
+    lengths = np.fromiter(sizes, np.int64, len(strings))
+    packed = torch.frombuffer(bytearray(joined.encode("utf-8")), dtype=torch.uint8) if joined else torch.empty(0)
+    return packed.to(torch.uint8), lengths_to_offsets(torch.from_numpy(lengths))
 
 
 def unpack_strings(packed: Tensor, offsets: Tensor) -> list[str]:

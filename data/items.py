@@ -1,7 +1,6 @@
 """Items as feature sources read them, and tables of vectors by item key."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,20 +14,33 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-@dataclass(frozen=True)
 class Items:
-    """M items. keys, texts: [M]. categories: [M] lists of names. vectors: [M, D] float32 that came with them, rows of
-    NaN for items without; None where no item has one."""
+    """M items. keys, texts: [M]. categories: [M] lists of names. Both may be given as a function, called whenever they
+    are asked for. vectors: [M, D] float32 that came with them, rows of NaN for items without; None where no item has
+    one."""
 
-    keys: list[str]
-    texts: list[str]
-    categories: list[list[str]]
-    vectors: np.ndarray | None = None
+    def __init__(
+        self,
+        keys: list[str],
+        texts: list[str] | Callable[[], list[str]],
+        categories: list[list[str]] | Callable[[], list[list[str]]],
+        vectors: np.ndarray | None = None,
+    ) -> None:
+        self.keys, self.vectors = keys, vectors
+        self._texts, self._categories = texts, categories
+
+    @property
+    def texts(self) -> list[str]:
+        return self._texts() if callable(self._texts) else self._texts
+
+    @property
+    def categories(self) -> list[list[str]]:
+        return self._categories() if callable(self._categories) else self._categories
 
     @staticmethod
     def of(corpus: Corpus) -> "Items":
-        """All items of a corpus, in order."""
-        return Items(corpus.item_keys, corpus.texts(), corpus.categories())
+        """All items of a corpus, in order; what no source asks for is not read."""
+        return Items(corpus.item_keys, corpus.texts, corpus.categories)
 
     @staticmethod
     def read(items: "pl.DataFrame | Sequence[Mapping]") -> "Items":
@@ -65,9 +77,10 @@ def vector_table(keys: list[str], vectors: np.ndarray) -> dict[str, Tensor]:
 def look_up(table: dict[str, Tensor], keys: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """The vectors of items [M, D], zeros where the table has none, and which it has, [M] bool. Where they are all its
     items, in order, the vectors are the table's own."""
-    own = unpack_strings(table["keys.bytes"], table["keys.offsets"])
-    if own == keys:
+    packed = table["keys.bytes"], table["keys.offsets"]
+    if len(packed[1]) == len(keys) + 1 and all(map(torch.equal, packed, pack_strings(keys))):
         return table["vectors"].numpy(), np.ones(len(keys), dtype=bool)
+    own = unpack_strings(*packed)
     row = dict(zip(own, range(len(own)), strict=True))
     rows = np.array([row.get(key, -1) for key in keys], dtype=np.int64)
     values = np.zeros((len(keys), table["vectors"].shape[1]), dtype=np.float32)
