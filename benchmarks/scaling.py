@@ -6,10 +6,9 @@
 All goes through train_decoder.py, evaluation included. Without --folder the data are made up, in Amazon's files: 20,000
 users who walk through 12,000 items with jumps. --cpu takes gloo processes instead of GPUs.
 
-Targets/s: the median of some twenty stretches of the run's second half, without evaluation, and without recordings of
-batch sizes that were not met before. Users/s: of the last validation. Communication: what
-summing gradients and gathering weights of the model's size takes by itself, as a share of a step. GiB: the main
-process's GPU.
+Targets/s: of the whole run as it logs them, without evaluation and the main process's recordings of new batch sizes,
+but with the waits for those of others. Users/s: of the last validation. Communication: what summing gradients and
+gathering weights of the model's size takes by itself, as a share of a step. GiB: the main process's GPU.
 """
 
 import argparse
@@ -18,11 +17,9 @@ import json
 import math
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -88,16 +85,13 @@ def targets_per_history(config: str, folder: Path) -> float:
     return float((lengths - 1).clamp_min(0).sum()) / len(windows(lengths, MAX_ITEMS[config]))
 
 
-def measured(root: Path, batch: int) -> tuple[float, float, float]:
+def measured(root: Path) -> tuple[float, float, float]:
     """Histories/s, seconds of the last validation, GiB of the main process's GPU."""
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["split"] == "train"]
-    timed = [row for row in steps if row["step"] > steps[-1]["step"] / 2]
-    histories = batch * statistics.median(
-        (after["step"] - before["step"]) / (after["time"] - before["time"]) for before, after in pairwise(timed)
-    )
     last = [row for row in rows if row["split"] == "valid"][-1]
-    return histories, last["time"] - steps[-1]["time"], max(row.get("gpu_memory_gib", 0) for row in steps)
+    seconds, memory = last["time"] - steps[-1]["time"], max(row.get("gpu_memory_gib", 0) for row in steps)
+    return steps[-1]["examples_per_second"], seconds, memory
 
 
 def communication(run: Path, processes: int, cpu: bool) -> float:
@@ -147,7 +141,7 @@ def compare(arguments: argparse.Namespace, folder: Path, tokenizer: Path, runs: 
         for batch in sorted({arguments.batch, arguments.batch * n}):
             bindings = *settings, f"train.batch_size={batch}"
             run = train("decoder", config, folder, runs / f"{n}_{batch}", n, cpu, *bindings)
-            histories, validation, memory = measured(run, batch)
+            histories, validation, memory = measured(run)
             first = first or histories
             metrics = json.loads((run / "metrics.json").read_text())
             seconds = communication(run, n, cpu) if seconds is None else seconds

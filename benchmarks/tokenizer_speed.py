@@ -183,13 +183,13 @@ def tokenize(n: int, dim: int, options: dict, folder: str, cold: bool, device: t
         print(f"unique {collisions(codes)['unique_share']:.4f}, largest extra code {largest}")
         print(f"most memory {peak['RssAnon']:.2f} GiB, and {peak['RssFile']:.2f} GiB of the mapped file")
         start = time.perf_counter()
-        read(x, device)
+        read(x, model.chunk_rows, device)
         print(f"reading the features alone, from the page cache: {time.perf_counter() - start:.1f} s", flush=True)
         if device.type == "cuda":
             print(f"device memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-def read(x: Tensor, device: torch.device) -> None:
+def read(x: Tensor, rows: int, device: torch.device) -> None:
     """Moves all of x to the device, chunk by chunk."""
-    for chunk in stream(x, 8192, device):
+    for chunk in stream(x, rows, device):
         float(chunk.amax())

@@ -1,5 +1,7 @@
 """Lists of strings as two tensors, so that they fit in a safetensors file."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,11 +15,14 @@ def pack_strings(strings: list[str]) -> tuple[Tensor, Tensor]:
     Returns bytes [M] uint8 and offsets [n+1] int64; string i is `bytes[offsets[i]:offsets[i+1]]`.
     Raises UnicodeEncodeError, a ValueError, where a string holds half a surrogate pair.
     """
-    joined = "".join(strings)
-    sizes = map(len, strings if joined.isascii() else [string.encode("utf-8") for string in strings])
-    lengths = np.fromiter(sizes, np.int64, len(strings))
-    packed = torch.frombuffer(bytearray(joined.encode("utf-8")), dtype=torch.uint8) if joined else torch.empty(0)
-    return packed.to(torch.uint8), lengths_to_offsets(torch.from_numpy(lengths))
+    parts: Sequence[str] | Sequence[bytes] = strings
+    if (text := "".join(strings)).isascii():
+        joined = text.encode("ascii")
+    else:
+        parts = [string.encode("utf-8") for string in strings]
+        joined = b"".join(parts)
+    lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+    return torch.from_numpy(np.frombuffer(bytearray(joined), np.uint8)), lengths_to_offsets(torch.from_numpy(lengths))
 
 
 def unpack_strings(packed: Tensor, offsets: Tensor) -> list[str]:

@@ -7,12 +7,6 @@ import torch
 from torch import Tensor
 
 
-def chunk_rows(device: torch.device) -> int:
-    """Rows for `stream` where a caller does not say: few stay in a CPU's caches, and take a GPU less time than the
-    launches of its kernels take the host."""
-    return 65536 if device.type == "cuda" else 8192
-
-
 def stream(x: Tensor, batch_size: int, device: torch.device) -> Iterator[Tensor]:
     """Up to batch_size rows of x [N, ...] at a time, on the device, in order.
 

@@ -188,8 +188,8 @@ def padding_rows(batch_size: int) -> int:
 
 def bucket_size(n_items: int, padding: int, max_items: int, largest: int = 0) -> int:
     """Items of a batch of n_items with its padding rows: a multiple of what those hold; without them n_items.
-    largest: items of the largest batch of all processes. If the padding rows can fill this one up to its size, all take
-    that, so that they meet a new size at once: while one records, the others wait."""
+    largest: items of the largest batch of all processes, whose size this one takes if its padding rows can fill it up
+    so far: processes that meet a new size in different steps wait for one another's recordings."""
     if not padding:
         return n_items
     bucket = padding * max_items

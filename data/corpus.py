@@ -76,7 +76,7 @@ class Corpus:
         return self._given[1] if isinstance(self._given, tuple) else self._read(self._given, unpack_lists, slice(2, 5))
 
     def _read(self, path: Path, unpack: Callable[..., Strings], part: slice) -> Strings:
-        """Texts or categories. ValueError where the cached file is damaged or belongs to another corpus."""
+        """Texts or categories. ValueError where the cached file is damaged, or its texts are of another corpus."""
         try:
             tensors = load_file(path)
             packed = [tensors[name] for name in DESCRIBED]
@@ -100,12 +100,15 @@ class Corpus:
 
     def columns(self, names: Sequence[str]) -> dict[str, list[list[str]]]:
         """What is known of the items, of each a list of texts: "key", "text", "categories". ValueError otherwise."""
-        every = {"key": [[key] for key in self.item_keys], "text": [[text] for text in self.texts()]}
-        every["categories"] = self.categories()
+        every = {
+            "key": lambda: [[key] for key in self.item_keys],
+            "text": lambda: [[text] for text in self.texts()],
+            "categories": self.categories,
+        }
         for name in names:
             if name not in every:
                 raise ValueError(f"train.item_columns names {name!r}; the items of a corpus have {', '.join(every)}.")
-        return {name: every[name] for name in names}
+        return {name: every[name]() for name in names}
 
     def apply_split(self, splits: Splits) -> None:
         """Makes it a corpus to train on: interactions in the split's order, texts with the tags that training knows."""

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Items:
-    """M items. keys, texts: [M]. categories: [M] lists of names. Both may be given as a function, called whenever they
-    are asked for. vectors: [M, D] float32 that came with them, rows of NaN for items without; None where no item has
-    one."""
+    """M items. keys, texts: [M]. categories: [M] lists of names. Texts and categories may be given as functions, called
+    whenever they are asked for. vectors: [M, D] float32 that came with them, rows of NaN for items without; None where
+    no item has one."""
 
     def __init__(
         self,
@@ -53,6 +53,8 @@ class Items:
             for field in ("key", "text"):
                 if not isinstance(row.get(field), str):
                     raise ValueError(f"item {number}: {field!r} must be a text, it is {row.get(field)!r}")
+                if not _is_utf8(row[field]):
+                    raise ValueError(f"item {number}: {field!r} holds half a surrogate pair: {row[field]!r}")
             groups = row.get("categories") or []
             if isinstance(groups, str) or not all(isinstance(name, str) for name in groups):
                 raise ValueError(f"item {row['key']!r}: 'categories' must be a list of texts, it is {groups!r}")
@@ -86,3 +88,11 @@ def look_up(table: dict[str, Tensor], keys: list[str]) -> tuple[np.ndarray, np.n
     values = np.zeros((len(keys), table["vectors"].shape[1]), dtype=np.float32)
     values[rows >= 0] = table["vectors"].numpy()[rows[rows >= 0]]
     return values, rows >= 0
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

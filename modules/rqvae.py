@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.files import write_file
 from common.module_list import ModuleList
 from common.parameters import NonNegativeInt, PositiveInt, Rate, ShareBelowOne, configurable
-from common.prefetch import chunk_rows, stream
+from common.prefetch import stream
 from modules.card import tokenizer_card
 from modules.encoder import MLP
 from modules.legacy import legacy_arguments, read_checkpoint
@@ -25,6 +25,7 @@ from modules.quantize import Quantize, QuantizeMode
 from ops.dispatch import has_kernel
 
 NO_SETTINGS = ("self", "from_interactions", "__class__")
+CHUNK = 8192  # items coded at a time on a CPU
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class RqVae(nn.Module):
         and under every precision of training. Shape: x [N, input_dim] -> [N, L] int64, on the CPU.
         """
         exact = self.exact()
-        chunks = stream(x, batch_size or chunk_rows(exact.device), exact.device)
+        chunks = stream(x, batch_size or self.chunk_rows, exact.device)
         none = torch.zeros(0, len(self.layers), dtype=torch.int64)
         return torch.cat([none, *(exact.get_semantic_ids(chunk.double()).sem_ids.cpu() for chunk in chunks)])
 
@@ -214,7 +215,7 @@ class RqVae(nn.Module):
     def losses(self, x: Tensor, batch_size: int | None = None) -> dict[str, float]:
         """Mean losses over a whole catalogue x [N, input_dim], in inference mode."""
         totals, model = torch.zeros(3, dtype=torch.float64), copy.deepcopy(self).eval()
-        for chunk in stream(x, batch_size or chunk_rows(self.device), self.device):
+        for chunk in stream(x, batch_size or self.chunk_rows, self.device):
             out = model(chunk)
             parts = torch.stack([out.loss, out.reconstruction_loss, out.quantize_loss])
             totals += parts.double().cpu() * len(chunk) / len(x)
@@ -223,6 +224,14 @@ class RqVae(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.layers[0].embedding.weight.device
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many items of a catalogue are coded at a time. A CPU keeps few in its caches; a GPU is done with few
+        before the host has launched its kernels, and gets more while their distances to all codes are up to 2^26."""
+        if self.device.type == "cpu":
+            return CHUNK
+        return min(max(2**26 // self.config["codebook_size"], CHUNK), 8 * CHUNK)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into the folder."""

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.shuffle import Shuffler
@@ -112,5 +111,4 @@ def deal_out(sizes: Tensor, n: int) -> tuple[list[Tensor], Tensor]:
     most. Of several processes, one that had more to do would make the others wait. sizes: [B], not negative."""
     order = sizes.argsort(stable=True, descending=True)
     shares = [torch.cat([order[k :: 2 * n], order[2 * n - 1 - k :: 2 * n]]) for k in range(n)]
-    up, down = F.pad(sizes[order], (0, -len(order) % (2 * n))).view(-1, 2, n).sum(0)
-    return shares, up + down.flip(0)
+    return shares, torch.stack([sizes[share].sum() for share in shares])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.files import write_rows
-from common.prefetch import chunk_rows, stream
+from common.prefetch import stream
 from data.corpus import Corpus
 from data.features import ItemFeatures
 from data.items import Items
@@ -49,7 +49,7 @@ def nearest_codes(model: RqVae, x: Tensor, batch_size: int | None = None) -> tup
     """The codes of `RqVae.codes`, the distance to the last of them, and the K nearest last codes, on the model's
     device. Shape: x [N, input_dim] -> [N, L] int64, [N] int64, [N, K] int32."""
     exact, parts = model.exact(), []
-    for chunk in stream(x, batch_size or chunk_rows(exact.device), exact.device):
+    for chunk in stream(x, batch_size or model.chunk_rows, exact.device):
         out = exact.get_semantic_ids(chunk.double())
         count = min(MAX_CANDIDATES, model.config["codebook_size"])
         distances, candidates = exact.layers[-1].ranked(out.residuals[..., -1], count)
@@ -61,7 +61,7 @@ def nearest_codes(model: RqVae, x: Tensor, batch_size: int | None = None) -> tup
 @torch.no_grad()
 def reconstruction_error(model: RqVae, x: Tensor, codes: Tensor, batch_size: int | None = None) -> float:
     """Mean reconstruction loss of items x [N, input_dim] decoded from given codes [N, L]."""
-    total, batch_size = 0.0, batch_size or chunk_rows(model.device)
+    total, batch_size = 0.0, batch_size or model.chunk_rows
     for rows, chunk in zip(stream(x, batch_size, model.device), codes.split(batch_size), strict=True):
         ids, seen = chunk.to(model.device), model.normalized(rows)
         latent = sum(layer.codebook[ids[:, level]] for level, layer in enumerate(model.layers))
@@ -83,7 +83,7 @@ def encoder_features(
         if path:
             path.unlink(missing_ok=True)
         return None
-    size, chosen = batch_size or chunk_rows(model.device), torch.from_numpy(columns).to(model.device)
+    size, chosen = batch_size or model.chunk_rows, torch.from_numpy(columns).to(model.device)
 
     def parts() -> Iterator[np.ndarray]:
         for start, chunk in zip(range(0, len(x), size), stream(x, size, model.device), strict=True):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data.corpus import TEXTS, Corpus
+from data.items import look_up, vector_table
 from data.vectors import Vectors
 from tests.data.test_features import compute, make
 
@@ -46,6 +48,27 @@ def test_a_parquet_file_is_matched_by_id_and_may_hold_more(tmp_path):
     order = [3, 0, 6, 1, 5, 4, 2]
     path = write(tmp_path / "v.parquet", [VALUES[n] for n in order] + [[9, 9, 9]], [KEYS[n] for n in order] + ["more"])
     np.testing.assert_array_equal(compute(make(), [Vectors(path)], tmp_path).values, VALUES)
+
+
+def test_texts_and_categories_that_no_source_asks_for_are_not_read(tmp_path):
+    make().save(tmp_path / "tiny")
+    (tmp_path / "tiny" / TEXTS).write_bytes(b"damaged")
+    corpus = Corpus.load(tmp_path / "tiny")
+    np.testing.assert_array_equal(
+        compute(corpus, [Vectors(write(tmp_path / "v.npy"))], tmp_path / "data").values, VALUES
+    )
+    assert corpus.columns(["key"]) == {"key": [[key] for key in KEYS]}
+    for unread in (corpus.texts, corpus.categories):
+        with pytest.raises(ValueError, match="can't be used"):
+            unread()
+
+
+def test_a_table_is_its_own_only_for_the_same_keys_in_order():
+    table = vector_table(["ab", "c", "é"], VALUES[:3])
+    for keys, rows in ((["ab", "c", "é"], [0, 1, 2]), (["a", "bc", "é"], [-1, -1, 2]), (["c", "ab", "é"], [1, 0, 2])):
+        values, known = look_up(table, keys)
+        assert known.tolist() == [row >= 0 for row in rows]
+        np.testing.assert_array_equal(values, [VALUES[row] if row >= 0 else np.zeros(3) for row in rows])
 
 
 BAD = [

@@ -13,12 +13,12 @@ from training.checkpoint import Checkpoints
 from training.steps import Steps, deal_out
 
 
-def make(root, **settings) -> tuple[Steps, list, list]:
+def make(root, processes: int = 1, rank: int = 0, **settings) -> tuple[Steps, list, list]:
     """Steps of 11 samples each, the rows they log, and the steps they save."""
     logged, saved = [], []
     accelerator = SimpleNamespace(
-        num_processes=1,
-        process_index=0,
+        num_processes=processes,
+        process_index=rank,
         device=torch.device("cpu"),
         scaler=None,
         reduce=lambda tensor, _: tensor,
@@ -74,6 +74,19 @@ def test_a_batch_is_shared_out_among_micro_steps(tmp_path):
     assert largest == 60 and whole[0].equal(sizes) and whole[1].equal(first)
     with pytest.raises(ValueError, match="is too small for 12 shares"):
         make(tmp_path, gradient_accumulate_every=12)
+
+
+@pytest.mark.parametrize(("processes", "micro_steps"), [(2, 1), (3, 2), (2, 3)])
+def test_processes_that_step_at_once_know_the_most_that_one_of_them_has(tmp_path, monkeypatch, processes, micro_steps):
+    monkeypatch.setattr("training.steps.StopSignal", lambda processes: None)
+    sizes, every = torch.tensor([9, 1, 2, 30, 3, 7, 4, 6, 5, 5, 10]), []
+    for rank in range(processes):
+        steps = make(tmp_path, processes, rank, gradient_accumulate_every=micro_steps)[0]
+        every.append(steps.even_shares(sizes, torch.arange(11)))
+    assert sorted(int(n) for shares in every for *_, index in shares for n in index) == list(range(11))
+    for at_once in zip(*every, strict=True):
+        sums = [int(sizes[index].sum()) for _, _, index in at_once]
+        assert [largest for largest, *_ in at_once] == [max(sums)] * processes
 
 
 @settings(max_examples=50)

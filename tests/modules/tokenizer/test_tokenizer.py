@@ -99,6 +99,7 @@ def test_what_a_new_item_lacks_is_zero(made):
     [
         ({"key": 5, "text": "a"}, "item 1: 'key' must be a text, it is 5"),
         ({"key": "a"}, "item 1: 'text' must be a text, it is None"),
+        ({"key": "\ud800", "text": "a"}, "item 1: 'key' holds half a surrogate pair"),
         ({"key": "a", "text": "b", "categories": "c"}, "item 'a': 'categories' must be a list of texts, it is 'c'"),
     ],
 )
