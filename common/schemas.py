@@ -55,7 +55,8 @@ class SeqBatch:
     n_b - m_b + 1 + i items of the history, so the last target followed all of it.
     consumed: rows of all item ids before the last target, not only the history; None in training.
     seen: first [P], last [P], items [T]: before target p its user had consumed items[first[p]:last[p]], where an item
-    that the user had consumed earlier still is -1; None where it does not matter.
+    that the user had consumed earlier still is -1; the history is the last of them, and items[last[p]] the target. None
+    where it does not matter.
     target_weights: [P] float32, what each target counts in the mean loss; None: all count 1.
     """
 

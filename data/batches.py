@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.schemas import Interactions, Samples, SeqBatch
 from data.splits import drawn
-from ops.jagged import JaggedTensor, lengths_to_offsets, row_indices
+from ops.jagged import JaggedTensor, first_occurrences, lengths_to_offsets, row_indices
 
 CONSUMED_BUCKET = 16  # items per row: a batch's consumed items are filled up to a multiple of them
 
@@ -195,13 +195,3 @@ def bucket_size(n_items: int, padding: int, max_items: int, largest: int = 0) ->
     bucket = padding * max_items
     own, common = (-(-items // bucket) * bucket for items in (n_items, max(n_items, largest)))
     return common if common <= n_items + bucket else own
-
-
-def first_occurrences(rows: JaggedTensor) -> Tensor:
-    """The values with -1 where one occurs earlier in its row. values: [T] non-negative integers."""
-    values = rows.values
-    span = values.max() + 1 if len(values) else 1
-    keys, order = (row_indices(rows.offsets, len(values)) * span + values).sort(stable=True)
-    again = torch.zeros_like(keys, dtype=torch.bool)
-    again[1:] = keys[1:] == keys[:-1]
-    return values.masked_fill(torch.empty_like(again).index_copy(0, order, again), -1)

@@ -16,9 +16,9 @@ from modules.pretrained import load_pretrained, save_pretrained
 from modules.transformer.model import Decoder, Encoder, KVCache, MemoryView, TransformerConfig
 from modules.tree import Tree
 from ops.cross_entropy import Seen, linear_cross_entropy
-from ops.jagged import JaggedTensor, row_indices
+from ops.jagged import JaggedTensor, first_occurrences, jagged_to_padded, row_indices
 from ops.precision import stream_dtype
-from ops.sampled import sampled_cross_entropy, sampled_tree_cross_entropy
+from ops.sampled import RowItems, sampled_cross_entropy, sampled_tree_cross_entropy
 from ops.sums import take_rows
 from ops.tree import tree_cross_entropy
 
@@ -65,9 +65,9 @@ class EncoderDecoderRetrievalModel(nn.Module):
     label_smoothing: of both. feature_dim: width of the perceptrons of features. vector_std: deviation of the vectors'
     rows at the start. end_positions: places before a window's end that have a vector of their own, added to the token.
     max_rows: items, or nodes of a depth, up to which each has a row of its own and takes part in every softmax; with
-    more, rows are hashed and the softmax is over SAMPLED_ITEMS items drawn by `counts` (half of them: uniformly) and
-    the children of most nodes of the depth, but within SAMPLED_CHILDREN, with the log-q correction, without smoothing,
-    consumed items or not.
+    more, rows are hashed and the softmax is over the history's items, SAMPLED_ITEMS items drawn by `counts` (half of
+    them: uniformly) and the children of most nodes of the depth, but within SAMPLED_CHILDREN, with the log-q
+    correction, without smoothing.
     counts: [N], how often each item occurs in the training data; only drawn from.
     causal_encoder: off, every history serves one target only (`train.every_position = False`).
     """
@@ -177,10 +177,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
         for made, nodes, (own, *_) in zip(vectors.siblings, vectors.made_nodes, self.tree.siblings, strict=False):
             torch.index_select(nodes, 0, own, out=made)
 
-    def _encoder_output(self, history: JaggedTensor, vectors: Vectors) -> JaggedTensor:
-        """[T * tokens_per_item, dim], normalized: history rows of item ids [T]."""
-        if self.items is not None:
-            x = self.items.take(history.values, vectors.items)
+    def _encoder_output(self, history: JaggedTensor, vectors: Vectors, taken: Tensor | None) -> JaggedTensor:
+        """[T * tokens_per_item, dim], normalized: history rows of item ids [T]. taken: their vectors [T, dim], or None
+        where items have none."""
+        if taken is not None:
+            x = taken
         else:
             nodes = self.tree.item_nodes[history.values, 1:] + self.first_nodes  # [T, L']
             x = take_rows(torch.cat(vectors.made_nodes), nodes.flatten())
@@ -192,6 +193,25 @@ class EncoderDecoderRetrievalModel(nn.Module):
             place = place.clamp_max(len(self.positions) - 1)
             tokens = tokens.with_values(x + take_rows(self.positions, place).to(x.dtype))
         return self.encoder(tokens)
+
+    def _taken(self, history: JaggedTensor, vectors: Vectors) -> Tensor | None:
+        """The vectors of the items of histories, [T, dim]."""
+        return self.items.take(history.values, vectors.items) if self.items is not None else None
+
+    def _row_items(self, batch: SeqBatch, limits: Tensor, taken: Tensor) -> RowItems:
+        """Each history's items, for the samples of its targets: few drawn items would be ones that a user has consumed.
+        A target has seen those before it, and those that were consumed before the history began as well."""
+        history, once, of = batch.history, first_occurrences(batch.history), batch.history.offsets
+        items, vectors = (jagged_to_padded(values, of, history.max_length) for values in (once + 1, taken))
+        bias, target_bias = vectors.new_zeros(()), vectors.new_zeros(())
+        if batch.seen is not None:
+            (_, last, consumed), rows = batch.seen, row_indices(batch.targets.offsets, len(limits))
+            places = torch.arange(history.max_length, device=items.device)
+            begins = last[batch.targets.offsets[1:] - 1] - history.lengths  # [B]
+            before = consumed[(begins[:, None] + places).clamp_max(len(consumed) - 1)] < 0
+            bias = ((places < limits[:, None]) | before[rows]) * self.seen_bias  # [P, L]
+            target_bias = (consumed[last] < 0) * self.seen_bias
+        return RowItems(items - 1, vectors, bias, target_bias)  # [B, L], -1 for none
 
     def _limits(self, batch: SeqBatch) -> Tensor:
         """How many tokens of its row each target sees, [P]: those of the items before it."""
@@ -208,7 +228,8 @@ class EncoderDecoderRetrievalModel(nn.Module):
     def forward(self, batch: SeqBatch) -> RetrievalLoss:
         """-log p(target) of both heads; each level's softmax runs over the children of the target's node alone."""
         vectors, targets, items = self.vectors(training=True), batch.targets, batch.targets.values
-        encoded, limits = self._encoder_output(batch.history, vectors), self._limits(batch)
+        taken = self._taken(batch.history, vectors)
+        encoded, limits = self._encoder_output(batch.history, vectors, taken), self._limits(batch)
         rows = row_indices(targets.offsets, len(items))
         aligned = targets.offsets is batch.history.offsets and self.tokens_per_item == 1  # target i follows token i
         state = encoded.values if aligned else take_rows(encoded.values, encoded.offsets[rows] + limits - 1)  # [P, dim]
@@ -218,9 +239,10 @@ class EncoderDecoderRetrievalModel(nn.Module):
         if self.item_loss > 0 and vectors.items is not None:
             seen = Seen(*batch.seen, self.seen_bias) if batch.seen is not None else None
             item_loss = linear_cross_entropy(state, vectors.items, items, weights, self.label_smoothing, seen) / total
-        elif self.item_loss > 0 and self.items is not None:
-            drawn = self.drawn, self.drawn_below, SAMPLED_ITEMS
-            item_loss = (sampled_cross_entropy(state, self.items.take, items, *drawn) * weights).sum() / total
+        elif self.item_loss > 0 and self.items is not None and taken is not None:
+            drawn, own = (self.drawn, self.drawn_below, SAMPLED_ITEMS), self._row_items(batch, limits, taken)
+            losses = sampled_cross_entropy(targets.with_values(state), self.items.take, items, *drawn, own)
+            item_loss = (losses * weights).sum() / total
         if self.tree_loss > 0:
             path = self.tree.item_nodes[items]  # [P, L' + 1]
             if self.decoder is None or self.start is None:
@@ -248,7 +270,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
 
     def encode(self, history: JaggedTensor, vectors: Vectors) -> Encoded:
         """history: rows of item ids, none empty."""
-        encoded = self._encoder_output(history, vectors)
+        encoded = self._encoder_output(history, vectors, self._taken(history, vectors))
         state = encoded.values[encoded.offsets[1:] - 1]
         return Encoded(state, self.decoder.memory(encoded) if self.decoder is not None else [])
 

@@ -79,3 +79,13 @@ def padded_to_jagged(padded: Tensor, offsets: Tensor, total: int) -> Tensor:
     """The inverse of `jagged_to_padded`: the `total` = `offsets[-1]` values that are no padding, back to back."""
     flat = padded.flatten(0, 1)
     return flat if total == len(flat) else flat.index_select(0, padded_places(offsets, total, padded.shape[1]))
+
+
+def first_occurrences(rows: JaggedTensor) -> Tensor:
+    """The values with -1 where one occurs earlier in its row. values: [T] non-negative integers."""
+    values = rows.values
+    span = values.max() + 1 if len(values) else 1
+    keys, order = (row_indices(rows.offsets, len(values)) * span + values).sort(stable=True)
+    again = torch.zeros_like(keys, dtype=torch.bool)
+    again[1:] = keys[1:] == keys[:-1]
+    return values.masked_fill(torch.empty_like(again).index_copy(0, order, again), -1)

@@ -10,7 +10,6 @@ from data.batches import (
     CONSUMED_BUCKET,
     SequenceSource,
     bucket_size,
-    first_occurrences,
     padding_rows,
 )
 from data.splits import drawn, every_prefix, leave_one_out, windows
@@ -107,14 +106,6 @@ def test_in_order_covers_each_sample_once_over_the_ranks(n, batch_size, world_si
     assert sorted(user for share in shares for batch in share for user in batch) == list(range(n))
     assert all(len(batch) <= batch_size and batch == sorted(batch) for share in shares for batch in share)
     assert [user for b in source.in_order(batch_size) for user in b.user.tolist()] == list(range(n))
-
-
-@settings(max_examples=25)
-@given(st.lists(st.lists(st.integers(0, 5), max_size=9), min_size=1, max_size=5))
-def test_what_occurs_again_in_a_row_is_marked(rows):
-    interactions = to_interactions(rows)
-    found = first_occurrences(JaggedTensor(interactions.items, interactions.offsets, 9))
-    assert found.tolist() == [-1 if item in row[:n] else item for row in rows for n, item in enumerate(row)]
 
 
 @settings(max_examples=25)

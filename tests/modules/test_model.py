@@ -8,9 +8,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from common.schemas import Interactions
+from data.batches import SequenceSource
+from data.splits import windows
 from modules.generation.beam_search import beam_search
 from modules.model import EncoderDecoderRetrievalModel
 from modules.tree import Tree
+from ops.cross_entropy import Seen, linear_cross_entropy
+from ops.jagged import lengths_to_offsets
 from tests.modules.helpers import dense_log_probs, dense_queries, make_batch, make_model, random_catalogue
 
 N_ITEMS = 20
@@ -109,7 +114,7 @@ def test_a_catalogue_with_hashed_rows_learns_from_samples(monkeypatch):
     model = EncoderDecoderRetrievalModel(tree, features, counts, max_rows=4, **size).double()
     batch = make_batch(random_histories([3, 1, 7]), random_histories([3, 1, 5], seed=1))
     vectors, items = model.vectors(), batch.targets.values
-    state = model._encoder_output(batch.history, vectors).values
+    state = model._encoder_output(batch.history, vectors, vectors.items[batch.history.values]).values
     rows = torch.cat([torch.arange(3), torch.tensor([3]), torch.arange(6, 11)])
     whole = F.cross_entropy(state[rows] @ vectors.items.T, items)
     torch.manual_seed(0)
@@ -141,6 +146,31 @@ def test_every_position_at_once_is_each_prefix_by_itself(layout):
     alone = [model(make_batch([row[:n]], [[row[n]]])) for row in sequences for n in range(1, len(row))]
     torch.testing.assert_close(joint.loss, torch.stack([loss.loss for loss in alone]).mean())
     torch.testing.assert_close(joint.levels, torch.stack([loss.levels for loss in alone]).mean(0))
+
+
+def test_samples_hold_the_histories_items_biased_where_they_were_consumed_before(monkeypatch):
+    """Against the whole softmax; the first user had consumed, before each window, items that are in it again."""
+    monkeypatch.setattr("modules.model.SAMPLED_ITEMS", 200_000)
+    rows = [[1, 2, 3] * 4, [4, 5, 6, 7, 8], [9, 10, 9]]
+    offsets = lengths_to_offsets(torch.tensor([len(row) for row in rows]))
+    interactions = Interactions(torch.tensor(sum(rows, []), dtype=torch.int32), offsets)
+    source = SequenceSource(interactions, windows(offsets.diff(), 4), 4, torch.device("cpu"), every_position=True)
+    batch = source.batch(torch.arange(len(source)), None, 24, padding=2)
+    model = EncoderDecoderRetrievalModel(
+        Tree.build(CODES), None, None, 12, 20, 2, 5, dropout=0.0, item_parts=("free",), node_parts=("free",), max_rows=4
+    ).double()
+    with torch.no_grad():
+        model.seen.fill_(0.4)  # so that each item counts
+    torch.manual_seed(0)
+    loss = model(batch).items
+    vectors = model.vectors()
+    taken = vectors.items[batch.history.values]
+    state = model._encoder_output(batch.history, vectors, taken).values
+    seen, weights = Seen(*batch.seen, model.seen_bias), batch.weights.double()
+    whole = linear_cross_entropy(state, vectors.items, batch.targets.values, weights, 0.0, seen) / weights.sum()
+    torch.testing.assert_close(loss, whole.to(loss), rtol=5e-4, atol=0.0)
+    mine, theirs = (torch.autograd.grad(value, model.seen)[0] for value in (loss, whole))
+    torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=0.0)
 
 
 def test_a_bidirectional_encoder_takes_one_target():

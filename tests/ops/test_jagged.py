@@ -4,7 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.jagged import JaggedTensor, jagged_to_padded, lengths_to_offsets, padded_to_jagged, row_indices
+from ops.jagged import (
+    JaggedTensor,
+    first_occurrences,
+    jagged_to_padded,
+    lengths_to_offsets,
+    padded_to_jagged,
+    row_indices,
+)
 from tests.ops.rows import jagged, random_rows, split
 
 lengths_strategy = st.lists(st.integers(0, 9), min_size=1, max_size=6)
@@ -41,3 +48,11 @@ def test_uniform_rows_are_a_matrix():
     matrix = torch.randn(3, 4, DIM)
     rows = JaggedTensor.uniform(matrix)
     assert torch.equal(torch.stack(split(rows)), matrix) and rows.max_length == 4
+
+
+@settings(max_examples=25)
+@given(st.lists(st.lists(st.integers(0, 5), max_size=9), min_size=1, max_size=5))
+def test_what_occurs_again_in_a_row_is_marked(rows):
+    values = torch.tensor([item for row in rows for item in row], dtype=torch.int64)
+    found = first_occurrences(JaggedTensor(values, lengths_to_offsets(torch.tensor([len(row) for row in rows])), 9))
+    assert found.tolist() == [-1 if item in row[:n] else item for row in rows for n, item in enumerate(row)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ops.sampled import sampled_cross_entropy, sampled_losses, sampled_tree_cross_entropy
+from ops.jagged import JaggedTensor
+from ops.sampled import RowItems, sampled_cross_entropy, sampled_losses, sampled_tree_cross_entropy
 
 FIRST_CHILD = torch.tensor([0, 1, 4, 9], dtype=torch.int32)  # 1, 3 and 5 children
 
@@ -21,17 +22,34 @@ def test_with_all_others_in_the_sample_it_is_the_cross_entropy():
 
 
 def test_the_sum_over_the_others_is_estimated_without_bias():
+    """That over the row's items, with their bias, is exact."""
     x, vectors, targets = normal(3, 4), normal(20, 4), torch.tensor([2, 2, 19])
     drawn = torch.arange(1.0, 21.0, dtype=torch.float64) / 210
+    items, bias, target_bias = torch.tensor([[18, 2, -1], [-1, 5, 19]]), normal(3, 3), normal(3)
+    queries = JaggedTensor(x, torch.tensor([0, 2, 3]), 2)
+    own_items = RowItems(items, vectors[items], bias, target_bias)
     torch.manual_seed(0)
-    others = []
+    others, own = [], (x * vectors[targets]).sum(1) + target_bias
     for _ in range(400):
-        losses = sampled_cross_entropy(x, vectors.__getitem__, targets, drawn, drawn.cumsum(0), size=50)
-        own = (x * vectors[targets]).sum(1)
+        losses = sampled_cross_entropy(queries, vectors.__getitem__, targets, drawn, drawn.cumsum(0), 50, own_items)
         others.append((losses + own).exp() - own.exp())
-    expected = (x @ vectors.T).exp().sum(1) - own.exp()
+    logits = x @ vectors.T
+    for p, row in enumerate(items[[0, 0, 1]].tolist()):
+        for place, item in enumerate(row):
+            if item >= 0:
+                logits[p, item] += bias[p, place]
+    logits.scatter_(1, targets[:, None], float("-inf"))
     spread = torch.stack(others).std(0) / 20
-    assert bool(((torch.stack(others).mean(0) - expected).abs() < 4 * spread).all())
+    assert bool(((torch.stack(others).mean(0) - logits.exp().sum(1)).abs() < 4 * spread).all())
+
+
+def test_nothing_is_drawn_where_a_row_holds_all_items():
+    x, vectors, targets = normal(2, 4), normal(5, 4), torch.tensor([3, 0])
+    queries, items = JaggedTensor(x, torch.tensor([0, 1, 2]), 1), torch.stack([torch.randperm(5), torch.arange(5)])
+    own = RowItems(items, vectors[items], torch.zeros(()), torch.zeros(()))
+    drawn = torch.full((5,), 0.2, dtype=torch.float64)
+    losses = sampled_cross_entropy(queries, vectors.__getitem__, targets, drawn, drawn.cumsum(0), 30, own)
+    torch.testing.assert_close(losses, F.cross_entropy(x @ vectors.T, targets, reduction="none"))
 
 
 @pytest.mark.parametrize("size", [5, 64])
