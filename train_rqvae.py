@@ -142,6 +142,7 @@ def train(
         report.heading("Tokenizer", {"corpus": f"{corpus.name}: {about}"}, model, run.root, start)
     if start_step == 0:
         run.log(0, "catalogue", catalogue_metrics(model, x))
+    latest: dict[str, float] = {}  # figures of the catalogue, after the last step those of the final weights
     names = ("loss", "reconstruction_loss", "quantize_loss")
     with Steps(run, model, optimizer, shuffler, names, start_step) as steps:
         for step in range(start_step, iterations):
@@ -159,12 +160,15 @@ def train(
                 refit(model, x[rows], optimizer, codebooks, derive_seed(seed, "refit", step))
             steps.made(step + 1, step_losses, norm, replay.recording)
             if due(step + 1, eval_every, iterations):
-                run.log(step + 1, "catalogue", catalogue_metrics(model, x))
+                run.log(step + 1, "catalogue", latest := catalogue_metrics(model, x))
             steps.end(step + 1, iterations)
 
     # Semantic IDs
     codes = catalogue_codes(model, x)
-    metrics = {**catalogue_metrics(model, x), **{f"id_{name}": value for name, value in collisions(codes).items()}}
+    metrics = {
+        **(latest or catalogue_metrics(model, x)),
+        **{f"id_{name}": value for name, value in collisions(codes).items()},
+    }
     metrics |= {"id_reconstruction_loss": reconstruction_error(model, x, codes), **neighbour_agreement(codes, x)}
     if is_main:
         folder = run.root / "tokenizer"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ops.jagged import JaggedTensor
+from ops.jagged import JaggedTensor, row_indices
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ class SeqBatch:
     consumed: JaggedTensor | None = None
     target_weights: Tensor | None = None
     seen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def n_before(self) -> Tensor:
+        """How many items of its history came before each target, [P] int64."""
+        first = self.history.lengths - self.targets.lengths + 1
+        return first[row_indices(self.targets.offsets, len(self.targets.values))] + self.targets.positions()
 
     @property
     def weights(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.schemas import Interactions, Samples, SeqBatch
 from data.splits import drawn
-from ops.jagged import JaggedTensor, first_occurrences, lengths_to_offsets, row_indices
+from ops.jagged import JaggedTensor, first_occurrences, jagged_to_padded, lengths_to_offsets, row_indices
 
 CONSUMED_BUCKET = 16  # items per row: a batch's consumed items are filled up to a multiple of them
 
@@ -195,3 +195,20 @@ def bucket_size(n_items: int, padding: int, max_items: int, largest: int = 0) ->
     bucket = padding * max_items
     own, common = (-(-items // bucket) * bucket for items in (n_items, max(n_items, largest)))
     return common if common <= n_items + bucket else own
+
+
+def history_items(batch: SeqBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct items of each history, [B, L] int64, L its longest, -1 for none; which of them the user had consumed
+    before each target, [P, L] bool; which targets were consumed before, [P] bool. Nothing was where `seen` is None.
+
+    A target has seen the items before it, and those later ones that were consumed before the history began as well."""
+    history, targets = batch.history, batch.targets
+    items = jagged_to_padded(first_occurrences(history) + 1, history.offsets, history.max_length) - 1
+    rows = row_indices(targets.offsets, len(targets.values))
+    if batch.seen is None:
+        return items, torch.zeros_like(items, dtype=torch.bool)[rows], torch.zeros_like(rows, dtype=torch.bool)
+    _, last, consumed = batch.seen
+    places = torch.arange(history.max_length, device=items.device)
+    begins = last[targets.offsets[1:] - 1] - history.lengths  # [B], of the histories among the consumed
+    again = consumed[(begins[:, None] + places).clamp_max(len(consumed) - 1)] < 0  # [B, L]
+    return items, (places < batch.n_before[:, None]) | again[rows], consumed[last] < 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.packed_strings import pack_strings, unpack_strings
 from data.corpus import Corpus
+from data.lines import SURROGATE
 
 if TYPE_CHECKING:
     import polars as pl
@@ -53,7 +54,7 @@ class Items:
             for field in ("key", "text"):
                 if not isinstance(row.get(field), str):
                     raise ValueError(f"item {number}: {field!r} must be a text, it is {row.get(field)!r}")
-                if not _is_utf8(row[field]):
+                if SURROGATE.search(row[field]):
                     raise ValueError(f"item {number}: {field!r} holds half a surrogate pair: {row[field]!r}")
             groups = row.get("categories") or []
             if isinstance(groups, str) or not all(isinstance(name, str) for name in groups):
@@ -88,11 +89,3 @@ def look_up(table: dict[str, Tensor], keys: list[str]) -> tuple[np.ndarray, np.n
     values = np.zeros((len(keys), table["vectors"].shape[1]), dtype=np.float32)
     values[rows >= 0] = table["vectors"].numpy()[rows[rows >= 0]]
     return values, rows >= 0
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

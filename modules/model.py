@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from common.module_list import ModuleList
 from common.parameters import NonNegativeInt, PositiveFloat, PositiveInt, Rate, ShareBelowOne, configurable
 from common.schemas import SeqBatch
+from data.batches import history_items
 from modules.embedding import ItemParts, NodeParts, Vectors, VectorSum, item_vectors, node_vectors
 from modules.pretrained import load_pretrained, save_pretrained
 from modules.transformer.model import Decoder, Encoder, KVCache, MemoryView, TransformerConfig
 from modules.tree import Tree
 from ops.cross_entropy import Seen, linear_cross_entropy
-from ops.jagged import JaggedTensor, first_occurrences, jagged_to_padded, row_indices
+from ops.jagged import JaggedTensor, jagged_to_padded, row_indices
 from ops.precision import stream_dtype
 from ops.sampled import RowItems, sampled_cross_entropy, sampled_tree_cross_entropy
 from ops.sums import take_rows
@@ -177,11 +178,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
         for made, nodes, (own, *_) in zip(vectors.siblings, vectors.made_nodes, self.tree.siblings, strict=False):
             torch.index_select(nodes, 0, own, out=made)
 
-    def _encoder_output(self, history: JaggedTensor, vectors: Vectors, taken: Tensor | None) -> JaggedTensor:
-        """[T * tokens_per_item, dim], normalized: history rows of item ids [T]. taken: their vectors [T, dim], or None
-        where items have none."""
-        if taken is not None:
-            x = taken
+    def _encoder_output(self, history: JaggedTensor, vectors: Vectors) -> tuple[JaggedTensor, Tensor]:
+        """[T * tokens_per_item, dim], normalized, of history rows of item ids [T], and of the same shape the vectors
+        that it is made of: with `item_tokens` those of the items."""
+        if self.items is not None:
+            x = self.items.take(history.values, vectors.items)
         else:
             nodes = self.tree.item_nodes[history.values, 1:] + self.first_nodes  # [T, L']
             x = take_rows(torch.cat(vectors.made_nodes), nodes.flatten())
@@ -192,44 +193,21 @@ class EncoderDecoderRetrievalModel(nn.Module):
             place = tokens.offsets[rows + 1] - 1 - torch.arange(len(x), device=x.device)
             place = place.clamp_max(len(self.positions) - 1)
             tokens = tokens.with_values(x + take_rows(self.positions, place).to(x.dtype))
-        return self.encoder(tokens)
-
-    def _taken(self, history: JaggedTensor, vectors: Vectors) -> Tensor | None:
-        """The vectors of the items of histories, [T, dim]."""
-        return self.items.take(history.values, vectors.items) if self.items is not None else None
-
-    def _row_items(self, batch: SeqBatch, limits: Tensor, taken: Tensor) -> RowItems:
-        """Each history's items, for the samples of its targets: few drawn items would be ones that a user has consumed.
-        A target has seen those before it, and those that were consumed before the history began as well."""
-        history, once, of = batch.history, first_occurrences(batch.history), batch.history.offsets
-        items, vectors = (jagged_to_padded(values, of, history.max_length) for values in (once + 1, taken))
-        bias, target_bias = vectors.new_zeros(()), vectors.new_zeros(())
-        if batch.seen is not None:
-            (_, last, consumed), rows = batch.seen, row_indices(batch.targets.offsets, len(limits))
-            places = torch.arange(history.max_length, device=items.device)
-            begins = last[batch.targets.offsets[1:] - 1] - history.lengths  # [B]
-            before = consumed[(begins[:, None] + places).clamp_max(len(consumed) - 1)] < 0
-            bias = ((places < limits[:, None]) | before[rows]) * self.seen_bias  # [P, L]
-            target_bias = (consumed[last] < 0) * self.seen_bias
-        return RowItems(items - 1, vectors, bias, target_bias)  # [B, L], -1 for none
+        return self.encoder(tokens), x
 
     def _limits(self, batch: SeqBatch) -> Tensor:
         """How many tokens of its row each target sees, [P]: those of the items before it."""
-        targets = batch.targets
-        if not self.causal_encoder and targets.max_length != 1:
+        if not self.causal_encoder and batch.targets.max_length != 1:
             raise ValueError(
                 "A bidirectional encoder takes one target per history: set "
                 "EncoderDecoderRetrievalModel.causal_encoder = True or train.every_position = False."
             )
-        first = batch.history.lengths - targets.lengths + 1  # items before the first target
-        rows = row_indices(targets.offsets, targets.values.shape[0])
-        return (first[rows] + targets.positions()) * self.tokens_per_item
+        return batch.n_before * self.tokens_per_item
 
     def forward(self, batch: SeqBatch) -> RetrievalLoss:
         """-log p(target) of both heads; each level's softmax runs over the children of the target's node alone."""
         vectors, targets, items = self.vectors(training=True), batch.targets, batch.targets.values
-        taken = self._taken(batch.history, vectors)
-        encoded, limits = self._encoder_output(batch.history, vectors, taken), self._limits(batch)
+        (encoded, taken), limits = self._encoder_output(batch.history, vectors), self._limits(batch)
         rows = row_indices(targets.offsets, len(items))
         aligned = targets.offsets is batch.history.offsets and self.tokens_per_item == 1  # target i follows token i
         state = encoded.values if aligned else take_rows(encoded.values, encoded.offsets[rows] + limits - 1)  # [P, dim]
@@ -239,8 +217,11 @@ class EncoderDecoderRetrievalModel(nn.Module):
         if self.item_loss > 0 and vectors.items is not None:
             seen = Seen(*batch.seen, self.seen_bias) if batch.seen is not None else None
             item_loss = linear_cross_entropy(state, vectors.items, items, weights, self.label_smoothing, seen) / total
-        elif self.item_loss > 0 and self.items is not None and taken is not None:
-            drawn, own = (self.drawn, self.drawn_below, SAMPLED_ITEMS), self._row_items(batch, limits, taken)
+        elif self.item_loss > 0 and self.items is not None:
+            known, *seen = history_items(batch)  # few drawn items would be ones that the user has consumed
+            rows_of = jagged_to_padded(taken, encoded.offsets, encoded.max_length)
+            own = RowItems(known, rows_of, *(mask * self.seen_bias for mask in seen))
+            drawn = self.drawn, self.drawn_below, SAMPLED_ITEMS
             losses = sampled_cross_entropy(targets.with_values(state), self.items.take, items, *drawn, own)
             item_loss = (losses * weights).sum() / total
         if self.tree_loss > 0:
@@ -270,7 +251,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
 
     def encode(self, history: JaggedTensor, vectors: Vectors) -> Encoded:
         """history: rows of item ids, none empty."""
-        encoded = self._encoder_output(history, vectors, self._taken(history, vectors))
+        encoded, _ = self._encoder_output(history, vectors)
         state = encoded.values[encoded.offsets[1:] - 1]
         return Encoded(state, self.decoder.memory(encoded) if self.decoder is not None else [])
 

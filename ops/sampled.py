@@ -12,8 +12,7 @@ from ops.jagged import JaggedTensor, jagged_to_padded, padded_to_jagged, row_ind
 @dataclass(frozen=True)
 class RowItems:
     """What is in the sample of all targets of a row: items [B, L] integers, none twice in a row, negative for no item,
-    and their vectors [B, L, d]. Added to logits: bias, [P, L] or [], to theirs, target_bias, [P] or [], to the
-    targets'."""
+    and their vectors [B, L, d]. Added to logits: bias [P, L] to theirs, target_bias [P] to the targets'."""
 
     items: Tensor
     vectors: Tensor

@@ -217,9 +217,9 @@ def encode_corpus(
 ) -> tuple[SemanticIds, np.ndarray | None]:
     """What `load_or_make_ids` returns, by the tokenizer's own sources; ids: those it came with. In a corpus of the same
     name, items with IDs keep them. Another corpus' items are all new, whatever their keys."""
-    same = corpus.name == sources.corpus_name
-    keys = corpus.item_keys if same else [f"{corpus.name}/{key}" for key in corpus.item_keys]  # other items there
-    items = Items(keys, corpus.texts, corpus.categories)
+    items, same = Items.of(corpus), corpus.name == sources.corpus_name
+    if not same:  # equal keys mean other items there
+        items.keys = [f"{corpus.name}/{key}" for key in items.keys]
     x = torch.from_numpy(sources.transform(items))
     seen = encoder_features(model, x, ~sources.from_interactions)
     if ids is None or not same:

@@ -10,6 +10,7 @@ from data.batches import (
     CONSUMED_BUCKET,
     SequenceSource,
     bucket_size,
+    history_items,
     padding_rows,
 )
 from data.splits import drawn, every_prefix, leave_one_out, windows
@@ -120,12 +121,20 @@ def test_what_a_target_has_seen_is_each_item_before_it_once(rows, max_items, eve
     index = torch.arange(len(samples))
     uniform = torch.full((len(samples),), data.draw(st.floats(0, 0.99)), dtype=torch.float64)
     batch, (position, _) = source.batch(index, uniform), drawn(samples, index, uniform, max_items)
-    first, last, items = batch.seen
+    (first, last, items), (own, own_seen, target_seen) = batch.seen, history_items(batch)
     place = 0
-    for user, end, count in zip(batch.user.tolist(), position.tolist(), batch.targets.lengths.tolist(), strict=True):
+    counts = zip(batch.user.tolist(), position.tolist(), batch.targets.lengths.tolist(), strict=True)
+    for row, (user, end, count) in enumerate(counts):
+        history = rows[user][end - int(batch.history.lengths[row]) : end]
+        once = [-1 if item in history[:n] else item for n, item in enumerate(history)]
+        assert own[row].tolist() == once + [-1] * (max_items - len(once))
         for before in range(end - count + 1, end + 1):
             seen = [item for item in items[first[place] : last[place]].tolist() if item >= 0]
             assert sorted(seen) == sorted(set(rows[user][:before]))
+            of_history = own_seen[place, : len(once)].tolist()
+            assert all(mark == (item in seen) for item, mark in zip(once, of_history, strict=True) if item >= 0)
+            assert bool(target_seen[place]) == (rows[user][before] in seen)
+            assert int(batch.n_before[place]) == before - (end - len(history))
             place += 1
     assert place == len(batch.targets.values) == len(first) == len(last)
 

@@ -46,7 +46,7 @@ def test_the_sum_over_the_others_is_estimated_without_bias():
 def test_nothing_is_drawn_where_a_row_holds_all_items():
     x, vectors, targets = normal(2, 4), normal(5, 4), torch.tensor([3, 0])
     queries, items = JaggedTensor(x, torch.tensor([0, 1, 2]), 1), torch.stack([torch.randperm(5), torch.arange(5)])
-    own = RowItems(items, vectors[items], torch.zeros(()), torch.zeros(()))
+    own = RowItems(items, vectors[items], torch.zeros(2, 5), torch.zeros(2))
     drawn = torch.full((5,), 0.2, dtype=torch.float64)
     losses = sampled_cross_entropy(queries, vectors.__getitem__, targets, drawn, drawn.cumsum(0), 30, own)
     torch.testing.assert_close(losses, F.cross_entropy(x @ vectors.T, targets, reduction="none"))
