@@ -1,6 +1,8 @@
 """Lists of strings as two tensors, so that they fit in a safetensors file."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -49,4 +51,17 @@ def pack_lists(lists: list[list[str]]) -> tuple[Tensor, Tensor, Tensor]:
 def unpack_lists(packed: Tensor, offsets: Tensor, lengths: Tensor) -> list[list[str]]:
     """The lists behind `pack_lists`. ValueError as of `unpack_strings`."""
     strings, bounds = unpack_strings(packed, offsets), lengths_to_offsets(lengths).tolist()
-    return [strings[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    with without_collector():
+        return [strings[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's collector of cycles walks through all lists again and again while millions are made: it waits."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

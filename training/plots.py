@@ -39,7 +39,7 @@ def codes(root: Path, codes: Tensor, codebook_size: int, categories: list[list[s
     rows = [{"step": n} | {f"level {k + 1}": int(c[n]) for k, c in enumerate(counts)} for n in range(codebook_size)]
     names = [f"level {k + 1}" for k in range(len(counts))]
     _draw(root / "plots" / "code_frequency.png", [("items", rows, names)], "code, most frequent first")
-    frequent = Counter(name for group in categories for name in set(group))
+    frequent = Counter(name for group in filter(None, categories) for name in set(group))
     shown = [name for name, count in frequent.most_common() if 2 * count <= len(categories)][:n_categories]
     if not shown:
         return
