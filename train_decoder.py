@@ -121,6 +121,7 @@ def train(
     data = dataset, dataset_folder, dataset_split, split, force_dataset_process
     corpus, splits = load_splits(*data, accelerator, as_cached=True)
     columns = corpus.columns(item_columns) if item_columns else {}
+    titles = corpus.titles() if is_main else []  # at once: a cache that can't be read ends the run before it trains
     sources, options = features or (), (splits.train_lengths, force_dataset_process, False, splits.name)
     read = partial(item_features, corpus, sources, dataset_folder, *options)
     artifact = pretrained_rqvae_path.format(corpus=corpus.name), pretrained_rqvae_revision
@@ -153,7 +154,8 @@ def train(
     distributed.weights_from_main(model)
     run.save_config()
     padding = padding_rows(batch_size // accelerator.num_processes) if recorded else 0
-    replay = recorded_passes(model, source, flats, padding, accelerator)
+    spare = recorded and accelerator.num_processes > 1  # one more row: shares differ by one history's items at most
+    replay = recorded_passes(model, source, flats, padding + spare, accelerator)
 
     # Loop
     lines = {
@@ -177,7 +179,8 @@ def train(
             targets = source.n_targets(lengths)
             step_losses = torch.zeros(len(names), device=device)  # this process's part
             for largest, own_lengths, *share in steps.even_shares(lengths, *batch):
-                size = bucket_size(int(own_lengths.sum()), padding, max_items, largest)
+                n_items = largest if recorded else int(own_lengths.sum())  # all record a new size in the same step
+                size = bucket_size(n_items, padding, max_items)
                 weight = torch.tensor(source.n_targets(own_lengths) / targets)  # the mean is over the step's targets
                 step_losses += replay(size, *share, weight)
             norm = optimizer.update(max_gradient_norm, accelerator.scaler)
@@ -204,7 +207,7 @@ def train(
     metrics |= final_figures(evaluation, test, rows, splits.train_lengths, protocol, top_k)
     if is_main:
         save_ranks(run.root / "ranks.safetensors", rows)
-        made = Pipeline(model, semantic_ids, features, corpus.titles(), counts, max_items, tokenizer, columns)
+        made = Pipeline(model, semantic_ids, features, titles, counts, max_items, tokenizer, columns)
         made.save(folder := run.root / "pipeline")
         made_of = corpus.name, corpus.item_keys, counts
         write_file(folder / CARD, pipeline_card(*made_of, splits.name, exclude_history, metrics).encode())

@@ -186,20 +186,16 @@ def padding_rows(batch_size: int) -> int:
     return math.isqrt(max(batch_size - 1, 0)) // 4 + 1
 
 
-def bucket_size(n_items: int, padding: int, max_items: int, largest: int = 0) -> int:
-    """Items of a batch of n_items with its padding rows: a multiple of what those hold; without them n_items.
-    largest: items of the largest batch of all processes, whose size this one takes if its padding rows can fill it up
-    so far: processes that meet a new size in different steps wait for one another's recordings."""
-    if not padding:
-        return n_items
+def bucket_size(n_items: int, padding: int, max_items: int) -> int:
+    """Items of a batch of n_items with its padding rows: a multiple of what those hold; without them n_items."""
     bucket = padding * max_items
-    own, common = (-(-items // bucket) * bucket for items in (n_items, max(n_items, largest)))
-    return common if common <= n_items + bucket else own
+    return -(-n_items // bucket) * bucket if padding else n_items
 
 
 def history_items(batch: SeqBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """The distinct items of each history, [B, L] int64, L its longest, -1 for none; which of them the user had consumed
-    before each target, [P, L] bool; which targets were consumed before, [P] bool. Nothing was where `seen` is None.
+    """The distinct items of each history, [B, L] int64, L the most that one may have, -1 for none; which of them the
+    user had consumed before each target, [P, L] bool; which targets were consumed before, [P] bool. Nothing was where
+    `seen` is None.
 
     A target has seen the items before it, and those later ones that were consumed before the history began as well."""
     history, targets = batch.history, batch.targets
@@ -210,5 +206,5 @@ def history_items(batch: SeqBatch) -> tuple[Tensor, Tensor, Tensor]:
     _, last, consumed = batch.seen
     places = torch.arange(history.max_length, device=items.device)
     begins = last[targets.offsets[1:] - 1] - history.lengths  # [B], of the histories among the consumed
-    again = consumed[(begins[:, None] + places).clamp_max(len(consumed) - 1)] < 0  # [B, L]
+    again = consumed[(begins[:, None] + places).clamp(0, len(consumed) - 1)] < 0  # [B, L]
     return items, (places < batch.n_before[:, None]) | again[rows], consumed[last] < 0

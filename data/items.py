@@ -59,6 +59,8 @@ class Items:
             groups = row.get("categories") or []
             if isinstance(groups, str) or not all(isinstance(name, str) for name in groups):
                 raise ValueError(f"item {row['key']!r}: 'categories' must be a list of texts, it is {groups!r}")
+            if any(SURROGATE.search(name) for name in groups):
+                raise ValueError(f"item {row['key']!r}: 'categories' holds half a surrogate pair: {groups!r}")
         keys, texts = ([row[field] for row in rows] for field in ("key", "text"))
         vectors = [row.get("vector") for row in rows]
         size = next((len(vector) for vector in vectors if vector is not None), 0)

@@ -68,7 +68,7 @@ class EncoderDecoderRetrievalModel(nn.Module):
     max_rows: items, or nodes of a depth, up to which each has a row of its own and takes part in every softmax; with
     more, rows are hashed and the softmax is over the history's items, SAMPLED_ITEMS items drawn by `counts` (half of
     them: uniformly) and the children of most nodes of the depth, but within SAMPLED_CHILDREN, with the log-q
-    correction, without smoothing.
+    correction, without smoothing; drawn items are not told from consumed ones.
     counts: [N], how often each item occurs in the training data; only drawn from.
     causal_encoder: off, every history serves one target only (`train.every_position = False`).
     """

@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from common.schemas import Interactions
+from data.batches import SequenceSource, bucket_size, padding_rows
 from data.shuffle import Shuffler
+from data.splits import windows
+from ops.jagged import lengths_to_offsets
 from training.checkpoint import Checkpoints
 from training.steps import Steps, deal_out
 
@@ -87,6 +91,21 @@ def test_processes_that_step_at_once_know_the_most_that_one_of_them_has(tmp_path
     for at_once in zip(*every, strict=True):
         sums = [int(sizes[index].sum()) for _, _, index in at_once]
         assert [largest for largest, *_ in at_once] == [max(sums)] * processes
+
+
+@settings(max_examples=50)
+@given(st.integers(2, 8), st.integers(1, 20), st.integers(1, 40), st.integers(0, 2**31))
+def test_the_largest_shares_size_holds_all_and_one_padding_row_more_fills_it(n, max_items, each, seed):
+    lengths = torch.randint(2, max_items + 2, (n * each,), generator=torch.Generator().manual_seed(seed))
+    interactions = Interactions(torch.zeros(int(lengths.sum()), dtype=torch.int32), lengths_to_offsets(lengths))
+    source = SequenceSource(interactions, windows(lengths, max_items), max_items, torch.device("cpu"), True)
+    sizes, padding = source.lengths(torch.arange(n * each)), padding_rows(each)
+    shares, sums = deal_out(sizes, n)
+    size = bucket_size(int(sums.max()), padding, max_items)
+    for share in shares:
+        batch = source.batch(share, None, size, padding + 1)
+        assert len(batch.history.values) == int(batch.history.offsets[-1]) == size
+        assert int(batch.weights.sum()) == source.n_targets(sizes[share])
 
 
 @settings(max_examples=50)

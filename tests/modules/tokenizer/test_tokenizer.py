@@ -101,6 +101,7 @@ def test_what_a_new_item_lacks_is_zero(made):
         ({"key": "a"}, "item 1: 'text' must be a text, it is None"),
         ({"key": "\ud800", "text": "a"}, "item 1: 'key' holds half a surrogate pair"),
         ({"key": "a", "text": "b", "categories": "c"}, "item 'a': 'categories' must be a list of texts, it is 'c'"),
+        ({"key": "a", "text": "b", "categories": ["\ud800"]}, "item 'a': 'categories' holds half a surrogate pair"),
     ],
 )
 def test_items_that_are_none_are_named(made, row, message):
