@@ -110,9 +110,10 @@ def shuffle_ties(interactions: Interactions, seed: int) -> Interactions:
 
 def in_training(interactions: Interactions, train_lengths: Tensor) -> Tensor:
     """[T] bool: whether an interaction is training data. train_lengths: [U] int64."""
-    users = row_indices(interactions.offsets, len(interactions))
-    positions = torch.arange(len(interactions), device=users.device) - interactions.offsets[users]
-    return positions < train_lengths[users]
+    lengths = interactions.offsets.diff()
+    stretches = torch.stack([train_lengths, lengths - train_lengths], 1).flatten()  # of each user, in training and not
+    known = torch.tensor([True, False], device=lengths.device).repeat(len(lengths))
+    return known.repeat_interleave(stretches, output_size=len(interactions))
 
 
 def every_prefix(train_lengths: Tensor) -> Samples:

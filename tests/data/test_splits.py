@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from common.schemas import Interactions, Samples
 from data.batches import SequenceSource
 from data.cooccurrence import mutual_information
-from data.splits import draw_splits, drawn, every_prefix, leave_one_out, shuffle_ties, temporal, windows
+from data.splits import draw_splits, drawn, every_prefix, in_training, leave_one_out, shuffle_ties, temporal, windows
 
 lengths_strategy = st.lists(st.integers(1, 50), min_size=1, max_size=12)
 LARGEST = math.nextafter(1.0, 0.0)
@@ -26,6 +26,14 @@ def make(lengths: list[int]) -> Interactions:
 
 def pairs(samples: Samples) -> list[tuple[int, int]]:
     return list(zip(samples.user.tolist(), samples.position.tolist(), strict=True))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.data())
+def test_training_data_are_the_first_of_each_user(lengths, data):
+    known = [data.draw(st.integers(0, length)) for length in lengths]
+    expected = [place < n for n, length in zip(known, lengths, strict=True) for place in range(length)]
+    assert in_training(make(lengths), torch.tensor(known)).tolist() == expected
 
 
 @settings(max_examples=25)
