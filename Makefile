@@ -10,7 +10,7 @@ ITEMS ?= 1 260 1196 1210
 recommend: $(VENV)/.installed
 	$(BIN)/python recommend.py trained_models/decoder_sample --items $(ITEMS) --k 5
 
-# Trains the tokenizer and the retriever on the bundled sample; 7 to 13 minutes on two cores with the installation.
+# Trains the tokenizer and the retriever on the bundled sample; 7 to 14 minutes on two cores with the installation.
 quickstart: $(VENV)/.installed
 	$(BIN)/python train_rqvae.py configs/rqvae_sample.gin
 	$(BIN)/python train_decoder.py configs/decoder_sample.gin
